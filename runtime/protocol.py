@@ -1,0 +1,106 @@
+"""Every message between the driver and its workers. Plain values and arrays; nothing here is pickled.
+
+A *batch* is what the driver recorded between two flushes. Its *body* (a Program) repeats from step to step, so
+it is sent once and then named by its digest; a Run carries what changes: the global ids bound to the body's
+slots, the values of Python scalars, and the arrays that the user fed in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from meshtape.runtime.shards import Placements, Shape
+
+
+class TensorType(NamedTuple):
+    """Global shape, dtype name and placements of one operand."""
+
+    shape: Shape
+    dtype: str
+    placements: Placements
+
+
+class Instr(NamedTuple):
+    """An op applied to operands of known types; None in `ins` is a Python scalar."""
+
+    op: str
+    attrs: tuple[Any, ...]
+    ins: tuple[TensorType | None, ...]
+    outs: tuple[TensorType, ...]
+
+
+class Program(NamedTuple):
+    """A batch's body.
+
+    `steps` holds (index into instrs, input slots, output slots). Slots count up in order of first use; a
+    negative input slot -(k + 1) is scalar k of the Run. `dead` are the slots whose tensors the user can no
+    longer reach when the batch ends.
+    """
+
+    instrs: tuple[Instr, ...]
+    steps: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
+    n_slots: int
+    dead: tuple[int, ...]
+
+
+class Fetch(NamedTuple):
+    """A tensor whose owners send their slices back with the batch's reply."""
+
+    id: int
+    type: TensorType
+
+
+class Run(NamedTuple):
+    """Run a batch. `ids[slot]` is the global id bound to a slot; `program` comes with a digest's first use.
+
+    `feeds` are this worker's pieces of the arrays fed in, in order of the body's "feed" instructions.
+    `frees` are ids to drop first, `drop` digests that will not come again.
+    """
+
+    batch: int
+    digest: bytes
+    ids: list[int]
+    scalars: list[Any]
+    feeds: list[Any]
+    fetch: list[Fetch]
+    frees: list[int]
+    drop: list[bytes]
+    program: Program | None
+
+
+class Failure(NamedTuple):
+    """An error as a value: which step of which batch failed on which rank, and how it said so."""
+
+    batch: int
+    step: int
+    rank: int
+    kind: str
+    message: str
+
+
+class Reply(NamedTuple):
+    """A worker finished a batch. `values` holds its slices of the fetched tensors it owns, None otherwise."""
+
+    rank: int
+    batch: int
+    failures: list[Failure]
+    values: list[Any]
+
+
+def program_from_wire(data: Any) -> Program:
+    """Rebuild a Program from nested lists (msgpack turns tuples into lists)."""
+    instrs, steps, n_slots, dead = data
+    return Program(
+        tuple(Instr(op, freeze(attrs), tuple(None if t is None else type_from_wire(t) for t in ins),
+                    tuple(type_from_wire(t) for t in outs)) for op, attrs, ins, outs in instrs),
+        tuple((k, tuple(i), tuple(o)) for k, i, o in steps), n_slots, tuple(dead))
+
+
+def type_from_wire(data: Any) -> TensorType:
+    shape, dtype, placements = data
+    return TensorType(tuple(shape), dtype, tuple(placements))
+
+
+def freeze(value: Any) -> Any:
+    """Lists become tuples, all the way down."""
+    return tuple(freeze(v) for v in value) if isinstance(value, list | tuple) else value
