@@ -1,0 +1,141 @@
+"""Meshes inside the driver's own process: one worker in the calling thread, or one thread per worker.
+
+Nothing is serialised here, arrays pass by reference.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from queue import Empty, SimpleQueue
+from typing import Any
+
+from meshtape.cluster.mesh import Mesh, mesh_axes
+from meshtape.runtime.collectives.base import Communicator
+from meshtape.runtime.collectives.threads import ThreadGroup
+from meshtape.runtime.errors import WorkerLost
+from meshtape.runtime.protocol import Failure, Reply, Run
+from meshtape.runtime.shards import axis_ranks
+from meshtape.runtime.worker import Worker
+
+HERE = "this process"
+# How long close() waits for a thread that is inside a kernel; it is a daemon thread, so the process can end.
+JOIN_SECONDS = 10.0
+
+
+class InlineMesh(Mesh):
+    """One worker that runs each batch inside send()."""
+
+    kind = "inline"
+
+    def __init__(self, names: tuple[str, ...] = ("data",), worker: Callable[..., Any] = Worker) -> None:
+        super().__init__(names, (1,) * len(names), [HERE], ["cpu"])
+        self._worker = worker(0, self.shape, [ThreadGroup(1).communicator(0) for _ in names], "cpu")
+        self._replies: deque[Reply] = deque()
+
+    def send(self, runs: Sequence[Run]) -> None:
+        self._check_open()
+        run, = runs
+        try:
+            self._replies.append(self._worker.run(run))
+        except KeyboardInterrupt:
+            # The batch is answered as failed, so that whoever counts replies stays in step.
+            failure = Failure(run.batch, 0, 0, "KeyboardInterrupt", "interrupted by the user")
+            self._replies.append(Reply(0, run.batch, [failure], [None] * len(run.fetch)))
+            raise
+
+    def collect(self, timeout: float | None = None) -> Reply | None:
+        """As Mesh.collect, but never waits: what was sent has been answered."""
+        self._check_open()
+        return self._replies.popleft() if self._replies else None
+
+    def close(self) -> None:
+        if not self._closed_because:
+            self._closed_because = "it was shut down"
+            self._replies.clear()
+            self._worker.close()
+
+
+class ThreadMesh(Mesh):
+    """`workers` threads of this process, each with its own queue of batches."""
+
+    kind = "threads"
+
+    def __init__(self, workers: int, mesh: dict[str, int] | None = None, timeout: float = 300.0,
+                 worker: Callable[..., Any] = Worker) -> None:
+        names, shape = mesh_axes(workers, mesh)
+        super().__init__(names, shape, [HERE] * workers, ["cpu"] * workers)
+        self._communicators = thread_communicators(shape, timeout)
+        self._inboxes: list[SimpleQueue[Run | None]] = [SimpleQueue() for _ in range(workers)]
+        self._replies: SimpleQueue[Reply | WorkerLost] = SimpleQueue()
+        self._stopping = threading.Event()
+        self._threads = [threading.Thread(target=self._serve, args=(rank, worker), daemon=True,
+                                          name=f"meshtape-worker-{rank}") for rank in range(workers)]
+        for thread in self._threads:
+            thread.start()
+
+    def send(self, runs: Sequence[Run]) -> None:
+        self._check_open()
+        for inbox, run in zip(self._inboxes, runs, strict=True):
+            inbox.put(run)
+
+    def collect(self, timeout: float | None = None) -> Reply | None:
+        self._check_open()
+        try:
+            reply = self._replies.get(timeout=timeout)
+        except Empty:
+            return None
+        if isinstance(reply, WorkerLost):
+            self._shut(str(reply))
+            raise reply
+        return reply
+
+    def close(self) -> None:
+        self._shut("it was shut down")
+
+    def _shut(self, reason: str) -> None:
+        self._closed_because = self._closed_because or reason
+        self._stopping.set()
+        for inbox in self._inboxes:
+            inbox.put(None)
+        for communicators in self._communicators:
+            for communicator in communicators:
+                communicator.abort("the mesh is being closed")
+        deadline = time.monotonic() + JOIN_SECONDS
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _serve(self, rank: int, make: Callable[..., Any]) -> None:
+        """The body of worker thread `rank`."""
+        worker = None
+        try:
+            worker = make(rank, self.shape, self._communicators[rank], "cpu")
+            while (run := self._inboxes[rank].get()) is not None and not self._stopping.is_set():
+                self._replies.put(worker.run(run))
+        except BaseException as error:
+            # A worker reports kernels' failures in its replies; what escapes is the end of this worker.
+            self._replies.put(WorkerLost(f"worker {rank} (a thread of this process) broke: "
+                                         f"{type(error).__name__}: {error}", rank, HERE))
+        finally:
+            if worker is not None:
+                worker.close()
+
+
+def thread_communicators(shape: tuple[int, ...], timeout: float) -> list[list[Communicator]]:
+    """Per rank, one communicator per mesh axis, between the threads that differ only along that axis."""
+    groups: dict[tuple[int, ...], ThreadGroup] = {}
+    size = 1
+    for extent in shape:
+        size *= extent
+    out: list[list[Communicator]] = []
+    for rank in range(size):
+        mine: list[Communicator] = []
+        for axis in range(len(shape)):
+            members = axis_ranks(rank, shape, axis)
+            group = groups.setdefault((axis, *members), ThreadGroup(len(members), timeout))
+            mine.append(group.communicator(members.index(rank)))
+        out.append(mine)
+    return out
