@@ -1,0 +1,76 @@
+"""What a collective is, whatever carries it.
+
+A communicator joins `size` ranks. Every rank calls the same verbs in the same order with matching
+arguments; sums run in rank order, so all ranks, and all transports, get the same bits. A wait ends after
+`timeout` seconds without progress (CommTimeout), when a peer it needs dies (PeerLost) or when anyone aborts
+(CommAborted). After any of these the communicator stays unusable: what was exchanged is no longer known.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+Array = Any
+Reduction = Literal["sum", "max", "min", "prod"]
+
+
+class Communicator(ABC):
+    """Arrays are C-contiguous. A result is the caller's own memory; `out`, where given, receives it instead.
+
+    One thread at a time calls the verbs; abort() may come from any other thread. Wrong arguments raise
+    ShapeError or DTypeError before anything is sent.
+    """
+
+    rank: int
+    size: int
+    kind: str
+
+    @abstractmethod
+    def all_reduce(self, x: Array, op: Reduction = "sum", out: Array | None = None) -> Array:
+        """The reduction of every rank's `x`, of any shape; `out` may be `x`.
+
+        float16 and bfloat16 sums and products accumulate in float32; booleans follow NumPy (sum is "or").
+        """
+
+    @abstractmethod
+    def reduce_scatter(self, x: Array, counts: Sequence[int], op: Reduction = "sum",
+                       out: Array | None = None) -> Array:
+        """Chunk `rank` of the reduction of every rank's 1-D `x`, whose chunk r has counts[r] elements.
+
+        `out` may be x's own chunk `rank`.
+        """
+
+    @abstractmethod
+    def all_gather(self, x: Array, counts: Sequence[int], out: Array | None = None) -> Array:
+        """Every rank's 1-D `x` (counts[rank] elements) end to end; `x` may be chunk `rank` of `out`."""
+
+    @abstractmethod
+    def all_to_all(self, x: Array, send_counts: Sequence[int], recv_counts: Sequence[int],
+                   out: Array | None = None) -> Array:
+        """Chunk r of the 1-D `x` goes to rank r; the chunks received stand in the result in rank order."""
+
+    @abstractmethod
+    def broadcast(self, x: Array, root: int, out: Array | None = None) -> Array:
+        """The root's `x`. Elsewhere `x` gives shape and dtype, and is written only if it is also `out`."""
+
+    @abstractmethod
+    def send(self, x: Array, dst: int) -> None:
+        """Send `x` to rank `dst`, which calls recv(); a large send may wait for that call."""
+
+    @abstractmethod
+    def recv(self, out: Array, src: int) -> Array:
+        """Fill `out` with what rank `src` sent, and return it."""
+
+    @abstractmethod
+    def barrier(self) -> None:
+        """Return once every rank has called barrier()."""
+
+    @abstractmethod
+    def abort(self, reason: str) -> None:
+        """Make every rank that waits, now or later, raise CommAborted(reason) within a second."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give everything back. A peer that still needs this rank gets PeerLost."""

@@ -1,0 +1,232 @@
+"""What all transports of NumPy arrays share: checking arguments, making results, remembering a failure."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from meshtape.runtime.collectives.base import Array, Communicator, Reduction
+from meshtape.runtime.collectives.call import encode, verb_of
+from meshtape.runtime.collectives.reduction import UFUNCS, HostArray
+from meshtape.runtime.errors import CommAborted, CommError, DTypeError, ShapeError
+
+_NOTHING = np.dtype(np.uint8)
+
+
+class HostCommunicator(Communicator):
+    """Turns each verb into one call of a transport's hook, with checked, flat arrays.
+
+    Hooks get the `call` word, 1-D arrays and complete counts, and raise nothing but CommError on purpose.
+    """
+
+    def __init__(self, rank: int, size: int, timeout: float) -> None:
+        if not 0 <= rank < size:
+            raise ShapeError(f"rank {rank} is not in a group of {size}; use 0 to {size - 1}")
+        self.rank = rank
+        self.size = size
+        self.timeout = timeout
+        self._failure: CommError | None = None
+        self._closed = False
+
+    def all_reduce(self, x: Array, op: Reduction = "sum", out: Array | None = None) -> Array:
+        self._check("all_reduce", x, op)
+        out = self._result("all_reduce", x.shape, x.dtype, out)
+        call = encode("all_reduce", op, x.dtype, x.size)
+        self._run(self._all_reduce, call, x.reshape(-1), out.reshape(-1), op)
+        return out
+
+    def reduce_scatter(self, x: Array, counts: Sequence[int], op: Reduction = "sum",
+                       out: Array | None = None) -> Array:
+        self._check("reduce_scatter", x, op)
+        counts = self._counts("reduce_scatter", counts, x, sum(counts))
+        out = self._result("reduce_scatter", (counts[self.rank],), x.dtype, out)
+        call = encode("reduce_scatter", op, x.dtype, x.size, counts)
+        self._run(self._reduce_scatter, call, x, counts, out, op)
+        return out
+
+    def all_gather(self, x: Array, counts: Sequence[int], out: Array | None = None) -> Array:
+        self._check("all_gather", x)
+        counts = self._counts("all_gather", counts, x, None)
+        out = self._result("all_gather", (sum(counts),), x.dtype, out)
+        call = encode("all_gather", "", x.dtype, out.size, counts)
+        self._run(self._all_gather, call, x, counts, out)
+        return out
+
+    def all_to_all(self, x: Array, send_counts: Sequence[int], recv_counts: Sequence[int],
+                   out: Array | None = None) -> Array:
+        self._check("all_to_all", x)
+        send = self._counts("all_to_all send", send_counts, x, sum(send_counts))
+        recv = self._counts("all_to_all receive", recv_counts, None, None)
+        if send[self.rank] != recv[self.rank]:
+            raise ShapeError(f"all_to_all: rank {self.rank} sends itself {send[self.rank]} elements but "
+                             f"expects {recv[self.rank]}; make send_counts and recv_counts agree there")
+        out = self._result("all_to_all", (sum(recv),), x.dtype, out)
+        if np.may_share_memory(x, out):
+            raise ShapeError("all_to_all: out overlaps x; give it memory of its own")
+        self._run(self._all_to_all, encode("all_to_all", "", x.dtype, 0), x, send, recv, out)
+        return out
+
+    def broadcast(self, x: Array, root: int, out: Array | None = None) -> Array:
+        self._check("broadcast", x)
+        if not 0 <= root < self.size:
+            raise ShapeError(f"broadcast: root {root} is not in a group of {self.size}")
+        out = self._result("broadcast", x.shape, x.dtype, out)
+        call = encode("broadcast", "", x.dtype, x.size, (root,))
+        if root == self.rank and out is not x:
+            np.copyto(out, x)
+        self._run(self._broadcast, call, out.reshape(-1), root)
+        return out
+
+    def send(self, x: Array, dst: int) -> None:
+        self._check("send", x)
+        self._peer("send", dst)
+        self._run(self._send, encode("send", "", x.dtype, x.size), x.reshape(-1), dst)
+
+    def recv(self, out: Array, src: int) -> Array:
+        self._check("recv", out)
+        self._peer("recv", src)
+        self._run(self._recv, encode("send", "", out.dtype, out.size), out.reshape(-1), src)
+        return out
+
+    def barrier(self) -> None:
+        self._run(self._barrier, encode("barrier", "", _NOTHING, 0))
+
+    def abort(self, reason: str) -> None:
+        self._failure = self._failure or CommAborted(reason)
+        if not self._closed:
+            self._abort(reason)
+
+    def close(self) -> None:
+        if not self._closed:
+            self._closed = True
+            self._failure = self._failure or CommError(f"rank {self.rank}: this communicator was closed")
+            self._close()
+
+    def _run(self, hook: Callable[..., None], call: int, *args: Any) -> None:
+        self._raise_failure()
+        try:
+            hook(call, *args)
+        except CommError as error:
+            self._failure = self._failure or error
+            raise
+        except BaseException as error:
+            # The peers are in the middle of this verb and would wait for their whole timeout.
+            self.abort(f"rank {self.rank} failed in {verb_of(call)}: {error!r}")
+            raise
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise type(self._failure)(str(self._failure))
+
+    def _check(self, verb: str, x: Array, op: str = "sum") -> None:
+        if not isinstance(x, np.ndarray):
+            raise DTypeError(f"{verb}: got {type(x).__name__}, needs a numpy array")
+        if not x.flags.c_contiguous:
+            raise ShapeError(f"{verb}: an array of shape {x.shape} with strides {x.strides} is not "
+                             "C-contiguous; pass np.ascontiguousarray(x)")
+        if x.dtype.hasobject:
+            raise DTypeError(f"{verb}: {x.dtype} arrays hold Python objects; use a dtype of numbers")
+        if op not in UFUNCS:
+            raise ShapeError(f"{verb}: unknown reduction {op!r}; use one of {', '.join(UFUNCS)}")
+
+    def _result(self, verb: str, shape: tuple[int, ...], dtype: np.dtype[Any],
+                out: Array | None) -> HostArray:
+        if out is None:
+            return np.empty(shape, dtype)
+        self._check(verb, out)
+        if out.shape != shape or out.dtype != dtype:
+            raise ShapeError(f"{verb}: out is {out.dtype}{list(out.shape)}, the result {dtype}{list(shape)}")
+        result: HostArray = out
+        return result
+
+    def _counts(self, verb: str, counts: Sequence[int], x: Array | None,
+                total: int | None) -> tuple[int, ...]:
+        """`counts` as a tuple; x must hold `total` elements, or counts[rank] of them if total is None."""
+        counts = tuple(int(c) for c in counts)
+        if len(counts) != self.size or min(counts) < 0:
+            raise ShapeError(f"{verb}: counts {list(counts)} must be {self.size} numbers, none negative")
+        if x is not None and (x.ndim != 1 or x.size != (counts[self.rank] if total is None else total)):
+            raise ShapeError(f"{verb}: x of shape {x.shape} does not fit counts {list(counts)} on rank "
+                             f"{self.rank}; pass a 1-D array of that many elements")
+        return counts
+
+    def _peer(self, verb: str, rank: int) -> None:
+        if not 0 <= rank < self.size or rank == self.rank:
+            raise ShapeError(f"{verb}: {rank} is not another rank of a group of {self.size}; this is rank "
+                             f"{self.rank}")
+
+    @abstractmethod
+    def _all_reduce(self, call: int, x: HostArray, out: HostArray, op: str) -> None: ...
+
+    @abstractmethod
+    def _reduce_scatter(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray,
+                        op: str) -> None: ...
+
+    @abstractmethod
+    def _all_gather(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray) -> None: ...
+
+    @abstractmethod
+    def _all_to_all(self, call: int, x: HostArray, send: tuple[int, ...], recv: tuple[int, ...],
+                    out: HostArray) -> None: ...
+
+    @abstractmethod
+    def _broadcast(self, call: int, buffer: HostArray, root: int) -> None: ...
+
+    @abstractmethod
+    def _send(self, call: int, x: HostArray, dst: int) -> None: ...
+
+    @abstractmethod
+    def _recv(self, call: int, out: HostArray, src: int) -> None: ...
+
+    @abstractmethod
+    def _barrier(self, call: int) -> None: ...
+
+    @abstractmethod
+    def _abort(self, reason: str) -> None: ...
+
+    @abstractmethod
+    def _close(self) -> None: ...
+
+
+class SelfCommunicator(HostCommunicator):
+    """A group of one: every collective is a copy."""
+
+    kind = "self"
+
+    def __init__(self) -> None:
+        super().__init__(rank=0, size=1, timeout=0.0)
+
+    def _all_reduce(self, call: int, x: HostArray, out: HostArray, op: str) -> None:
+        np.copyto(out, x)
+
+    def _reduce_scatter(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray,
+                        op: str) -> None:
+        np.copyto(out, x)
+
+    def _all_gather(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray) -> None:
+        np.copyto(out, x)
+
+    def _all_to_all(self, call: int, x: HostArray, send: tuple[int, ...], recv: tuple[int, ...],
+                    out: HostArray) -> None:
+        np.copyto(out, x)
+
+    def _broadcast(self, call: int, buffer: HostArray, root: int) -> None:
+        pass
+
+    def _send(self, call: int, x: HostArray, dst: int) -> None:
+        raise AssertionError("no other rank to send to")
+
+    def _recv(self, call: int, out: HostArray, src: int) -> None:
+        raise AssertionError("no other rank to receive from")
+
+    def _barrier(self, call: int) -> None:
+        pass
+
+    def _abort(self, reason: str) -> None:
+        pass
+
+    def _close(self) -> None:
+        pass

@@ -1,0 +1,75 @@
+"""Elementwise reductions in rank order, the same bits on every rank and every transport."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+HostArray = NDArray[Any]
+
+UFUNCS = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multiply}
+
+# Elements reduced at a time when an accumulator is needed: it and its operands stay in the first-level cache.
+BLOCK = 8192
+
+
+def accumulator(dtype: np.dtype[Any], op: str) -> np.dtype[Any]:
+    """The dtype in which `op` accumulates values of `dtype`."""
+    narrow = dtype.name in ("float16", "bfloat16") and op in ("sum", "prod")
+    return np.dtype(np.float32) if narrow else dtype
+
+
+def reduce_into(out: HostArray, parts: Sequence[HostArray], op: str) -> None:
+    """out = parts[0] op parts[1] op ..., left to right; all 1-D and equally long.
+
+    `out` may be the very memory of one of the parts.
+    """
+    if len(parts) == 1:
+        np.copyto(out, parts[0])
+        return
+    ufunc = complex_product if op == "prod" and out.dtype.kind == "c" else UFUNCS[op]
+    wide = accumulator(out.dtype, op)
+    # Overflow to infinity is the caller's result, never a warning: one raised as an error would stop this
+    # rank alone and leave the others waiting.
+    with np.errstate(all="ignore"):
+        if len(parts) == 2 and wide == out.dtype:
+            ufunc(parts[0], parts[1], out=out)
+            return
+        for start in range(0, out.size, BLOCK):
+            stop = start + BLOCK
+            total = ufunc(parts[0][start:stop], parts[1][start:stop], dtype=wide)
+            for part in parts[2:]:
+                ufunc(total, part[start:stop], out=total, dtype=wide)
+            np.copyto(out[start:stop], total, casting="unsafe")
+
+
+def complex_product(a: HostArray, b: HostArray, out: HostArray | None = None,
+                    dtype: np.dtype[Any] | None = None) -> HostArray:
+    """a * b with every product and sum rounded.
+
+    np.multiply fuses some of them or not, depending on whether its output is also an input, so ranks that
+    reduce the same numbers in different memory would differ in the last bit.
+    """
+    real = a.real * b.real - a.imag * b.imag
+    imag = a.real * b.imag + a.imag * b.real
+    out = np.empty_like(a) if out is None else out
+    out.real, out.imag = real, imag
+    return out
+
+
+def starts(counts: Sequence[int]) -> list[int]:
+    """Offset of each chunk, and the end of the last."""
+    at = [0]
+    for count in counts:
+        at.append(at[-1] + count)
+    return at
+
+
+def chunks(x: HostArray, counts: Sequence[int]) -> list[HostArray]:
+    """Views of the consecutive chunks of a 1-D array."""
+    at = starts(counts)
+    return [x[a:b] for a, b in pairwise(at)]
