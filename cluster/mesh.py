@@ -40,6 +40,12 @@ class Mesh(ABC):
     def size(self) -> int:
         return prod(self.shape)
 
+    @property
+    def links(self) -> list[str]:
+        """The kind of connection along each mesh axis, by its name in the cost model."""
+        kind = {"inline": "self", "threads": "threads"}.get(self.kind, "shm")
+        return [kind for _ in self.shape]
+
     @abstractmethod
     def send(self, runs: Sequence[Run]) -> None:
         """Send runs[r] to rank r and return without waiting for results.

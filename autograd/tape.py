@@ -1,0 +1,347 @@
+"""The tape: one Node per recorded op that a gradient flows through, and the walk backwards over it.
+
+Define-by-run: a node is made when its op is recorded, knows its inputs' nodes, and keeps alive only the blocks
+that its op's `keeps` names. The vjps record ordinary ops, so a gradient is planned and split like anything
+else, and with create_graph it is itself on the tape.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from meshtape.autograd.tensor import Tensor, make
+from meshtape.runtime.dtypes import is_differentiable
+from meshtape.runtime.errors import GradError, ShapeError
+from meshtape.runtime.op import lookup
+from meshtape.scheduler import current
+from meshtape.scheduler.planner import Plan
+from meshtape.scheduler.session import Session, site_text, user_site
+
+Edge = tuple["AnyNode", int]
+Hook = Callable[[Tensor], Tensor | None]
+
+
+class AnyNode:
+    """A place on the tape: `edges` lead to where the gradients of the inputs go."""
+
+    __slots__ = ("__weakref__", "edges", "hooks")
+
+    edges: tuple[Edge | None, ...]
+    hooks: dict[int, list[Hook]] | None
+    n_out = 1
+
+    def backward(self, grads: list[Tensor | None]) -> Sequence[Tensor | None]:
+        """Gradients of the inputs, given those of the outputs."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Drop what was kept for backward."""
+
+    def hook(self, index: int, function: Hook) -> Callable[[], None]:
+        """Call `function` on the gradient of output `index`; returns what removes it."""
+        if self.hooks is None:
+            self.hooks = {}
+        here = self.hooks.setdefault(index, [])
+        here.append(function)
+        return lambda: here.remove(function)
+
+
+class Node(AnyNode):
+    """One recorded op."""
+
+    __slots__ = ("kept_in", "kept_out", "plan", "site")
+
+    def __init__(self, plan: Plan, edges: tuple[Edge | None, ...], inputs: Sequence[Any], outputs: Sequence[Any],
+                 session: Session) -> None:
+        self.plan = plan
+        self.edges = edges
+        self.hooks = None
+        kept = plan.kept_inputs
+        self.kept_in: Any = inputs if len(kept) == len(inputs) else [
+            x if i in kept or plan.in_specs[i].weak else None for i, x in enumerate(inputs)]
+        self.kept_out: Any = outputs if plan.kept_outputs else None
+        self.site = session.sites[-1] if session.sites else None
+
+    @property
+    def n_out(self) -> int:  # type: ignore[override]
+        return len(self.plan.outs)
+
+    @property
+    def name(self) -> str:
+        return self.plan.op.name
+
+    def release(self) -> None:
+        if self.plan.kept_inputs or self.plan.kept_outputs:
+            self.kept_in = None
+        self.kept_out = None
+
+    def backward(self, grads: list[Tensor | None]) -> Sequence[Tensor | None]:
+        plan = self.plan
+        op, attrs, edges = plan.op, plan.attrs, self.edges
+        if self.kept_in is None:
+            where = f" (recorded at {site_text(self.site)})" if self.site else ""
+            raise GradError(f"backward a second time through {op.name}{where}: what it kept was freed by the first; "
+                            f"pass retain_graph=True to the first backward()")
+        inputs = [x if s.weak else s if x is None or i not in plan.kept_inputs else make(x, s, edges[i])
+                  for i, (x, s) in enumerate(zip(self.kept_in, plan.in_specs, strict=True))]
+        out: Any
+        g: Any
+        if plan.single is not None:
+            g = grads[0]
+            out = make(self.kept_out[0], plan.single, (self, 0)) if self.kept_out is not None else plan.single
+        else:
+            g = tuple(grads)
+            out = tuple(make(self.kept_out[k], s, (self, k) if s.differentiable else None)
+                        if k in plan.kept_outputs else s for k, s in enumerate(plan.outs))
+        vjp = op.vjp
+        if callable(vjp):
+            return vjp(g, out, *inputs, **attrs)  # type: ignore[no-any-return]
+        assert vjp is not None
+        if op.variadic and len(vjp) != len(inputs):
+            vjp = (*vjp, *[vjp[-1]] * (len(inputs) - len(vjp)))
+        return [f(g, out, *inputs, **attrs) if edge is not None and f is not None else None
+                for f, edge in zip(vjp, edges, strict=True)]
+
+
+class Leaf(AnyNode):
+    """Where a gradient ends: it is laid out like its tensor and added to `.grad`."""
+
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = weakref.ref(tensor)
+        self.edges = ()
+        self.hooks = None
+
+    def accumulate(self, grad: Tensor) -> None:
+        tensor = self.tensor()
+        if tensor is None:
+            return
+        grad = grad.to_placements(tensor.spec.placements)
+        old = tensor.grad
+        tensor._grad = grad if old is None else old + grad
+
+
+class CheckpointNode(AnyNode):
+    """A function whose inner tape is thrown away after forward and recorded again for backward."""
+
+    __slots__ = ("args", "count", "draws", "function")
+
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any], draws: int) -> None:
+        self.function = function
+        self.args: Sequence[Any] | None = args
+        self.draws = draws
+        self.hooks = None
+        self.edges = tuple(a.edge if isinstance(a, Tensor) else None for a in args)
+        self.count = 1
+
+    @property
+    def n_out(self) -> int:  # type: ignore[override]
+        return self.count
+
+    def release(self) -> None:
+        self.args = None
+
+    def backward(self, grads: list[Tensor | None]) -> Sequence[Tensor | None]:
+        if self.args is None:
+            raise GradError("backward a second time through checkpoint(): pass retain_graph=True to the first")
+        session = current.session()
+        args = [a.detach().requires_grad_() if isinstance(a, Tensor) and a.edge is not None else a
+                for a in self.args]
+        draws, session.draws = session.draws, self.draws
+        with set_grad_enabled(True):
+            out = self.function(*args)
+        session.draws = draws
+        outs = out if isinstance(out, tuple | list) else (out,)
+        pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.edge is not None]
+        if pairs:
+            walk([(o.edge, g) for o, g in pairs], retain_graph=False, create_graph=session.grad_enabled)
+        return [a.grad if isinstance(a, Tensor) and e is not None else None
+                for a, e in zip(args, self.edges, strict=True)]
+
+
+# --- the walk -----------------------------------------------------------------------------------------
+
+def walk(roots: Sequence[tuple[Edge, Tensor]], *, retain_graph: bool, create_graph: bool,
+         captured: dict[Edge, Tensor | None] | None = None) -> None:
+    """Send gradients from `roots` back over the tape, without recursion.
+
+    Leaves accumulate into `.grad`, unless `captured` names the edges whose gradients are wanted instead.
+    """
+    waiting = count_consumers([edge[0] for edge, _ in roots])
+    grads: dict[AnyNode, list[Tensor | None]] = {}
+    for (node, index), g in roots:
+        add_grad(grads, node, index, g)
+    ready = [node for node in dict.fromkeys(edge[0] for edge, _ in roots) if not waiting.get(node)]
+    wanted = {} if captured is None else {node: [] for node, _ in captured}
+    for edge in captured or ():
+        wanted[edge[0]].append(edge[1])
+    session = current.session()
+    enabled, session.grad_enabled = session.grad_enabled, create_graph
+    site, session.site = session.site, session.site or user_site()
+    try:
+        while ready:
+            node = ready.pop()
+            here = grads.pop(node, None)
+            if here is not None:
+                run_hooks(node, here)
+                for index in wanted.get(node, ()):
+                    captured[node, index] = here[index]  # type: ignore[index]
+            if isinstance(node, Leaf):
+                if captured is None and here is not None and here[0] is not None:
+                    node.accumulate(here[0])
+                continue
+            results = node.backward(here) if here is not None else [None] * len(node.edges)
+            if not retain_graph:
+                node.release()
+            for edge, g in zip(node.edges, results, strict=True):
+                if edge is None:
+                    continue
+                target = edge[0]
+                if g is not None:
+                    add_grad(grads, target, edge[1], g)
+                left = waiting[target] = waiting[target] - 1
+                if not left:
+                    ready.append(target)
+    finally:
+        session.grad_enabled = enabled
+        session.site = site
+
+
+def count_consumers(roots: Sequence[AnyNode]) -> dict[AnyNode, int]:
+    """How many edges lead to each node that can be reached from the roots."""
+    waiting: dict[AnyNode, int] = {}
+    seen = set(roots)
+    stack = list(seen)
+    while stack:
+        for edge in stack.pop().edges:
+            if edge is not None:
+                node = edge[0]
+                if node in waiting:
+                    waiting[node] += 1
+                else:
+                    waiting[node] = 1
+                    if node not in seen:
+                        seen.add(node)
+                        stack.append(node)
+    return waiting
+
+
+def add_grad(grads: dict[AnyNode, list[Tensor | None]], node: AnyNode, index: int, g: Tensor) -> None:
+    here = grads.get(node)
+    if here is None:
+        here = grads[node] = [None] * node.n_out
+    old = here[index]
+    here[index] = g if old is None else old + g
+
+
+def run_hooks(node: AnyNode, grads: list[Tensor | None]) -> None:
+    for index, hooks in (node.hooks or {}).items():
+        for hook in list(hooks):
+            g = grads[index]
+            if g is not None:
+                changed = hook(g)
+                grads[index] = g if changed is None else changed
+
+
+# --- what users call ------------------------------------------------------------------------------------
+
+def backward(tensor: Tensor, gradient: Tensor | None = None, *, retain_graph: bool | None = None,
+             create_graph: bool = False) -> None:
+    """Accumulate the gradient of `tensor` into the `.grad` of every leaf it was computed from.
+
+    `gradient` (same shape) is the gradient of whatever is differentiated with respect to `tensor`; a tensor of
+    one element needs none. Raises GradError.
+    """
+    edge = root_edge(tensor, "backward()")
+    walk([(edge, initial(tensor, gradient, "backward()"))],
+         retain_graph=create_graph if retain_graph is None else retain_graph, create_graph=create_graph)
+
+
+def grad(outputs: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor],
+         grad_outputs: Tensor | Sequence[Tensor | None] | None = None, *, retain_graph: bool | None = None,
+         create_graph: bool = False, allow_unused: bool = False) -> tuple[Tensor | None, ...]:
+    """Gradients of the sum of `outputs` with respect to `inputs`, without touching any `.grad`.
+
+    Raises GradError where an input was not used, unless allow_unused (then its gradient is None).
+    """
+    outs = [outputs] if isinstance(outputs, Tensor) else list(outputs)
+    ins = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+    seeds: list[Tensor | None] = ([None] * len(outs) if grad_outputs is None else
+                                  [grad_outputs] if isinstance(grad_outputs, Tensor) else list(grad_outputs))
+    if len(seeds) != len(outs):
+        raise GradError(f"grad(): {len(outs)} outputs but {len(seeds)} grad_outputs; give one for each")
+    captured: dict[Edge, Tensor | None] = {root_edge(x, "grad()"): None for x in ins}
+    walk([(root_edge(o, "grad()"), initial(o, s, "grad()")) for o, s in zip(outs, seeds, strict=True)],
+         retain_graph=create_graph if retain_graph is None else retain_graph, create_graph=create_graph,
+         captured=captured)
+    found = tuple(captured[x.edge] for x in ins)
+    if not allow_unused and any(g is None for g in found):
+        missing = [i for i, g in enumerate(found) if g is None]
+        raise GradError(f"grad(): inputs {missing} were not used to compute the outputs; pass allow_unused=True "
+                        f"to get None for them")
+    return tuple(None if g is None else g.to_placements(x.spec.placements)
+                 for g, x in zip(found, ins, strict=True))
+
+
+def root_edge(tensor: Tensor, who: str) -> Edge:
+    edge: Edge | None = tensor.edge
+    if edge is None:
+        raise GradError(f"{who}: a tensor of shape {tensor.shape} does not require grad and was not computed from "
+                        f"one that does; set requires_grad=True on an input, outside no_grad()")
+    return edge
+
+
+def initial(tensor: Tensor, gradient: Tensor | None, who: str) -> Tensor:
+    """The gradient that starts the walk; ones for a tensor of one element."""
+    if gradient is None:
+        if tensor.size != 1:
+            raise GradError(f"{who}: a gradient starts from one number, but the tensor has shape {tensor.shape}; "
+                            f"reduce it (.sum(), .mean()) or pass gradient= of that shape")
+        full = lookup("full")
+        value = 1.0
+        return Tensor._apply(full, (value,), full.pack(  # type: ignore[no-any-return]
+            {"shape": tensor.shape, "dtype": tensor.dtype.name}))
+    from_user = gradient if isinstance(gradient, Tensor) else as_gradient(gradient, tensor)
+    if from_user.shape != tensor.shape:
+        raise ShapeError(f"{who}: gradient has shape {from_user.shape}, the tensor {tensor.shape}; they must agree")
+    return from_user
+
+
+def as_gradient(value: Any, like: Tensor) -> Tensor:
+    from meshtape.autograd.tensor import as_tensor
+    return as_tensor(value, dtype=like.dtype)
+
+
+def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, keeping only `args` for backward: the rest is recomputed there.
+
+    Random draws inside come out the same again. Returns what the function returns (a tensor or a tuple).
+    """
+    session = current.session()
+    if not session.grad_enabled:
+        return function(*args)
+    node = CheckpointNode(function, args, session.draws)
+    with set_grad_enabled(False):
+        out = function(*args)
+    outs = out if isinstance(out, tuple | list) else (out,)
+    node.count = len(outs)
+    made = tuple(make(o.block, o.spec, (node, i) if is_differentiable(o.dtype) else None)
+                 for i, o in enumerate(outs))
+    return made if isinstance(out, tuple | list) else made[0]
+
+
+@contextmanager
+def set_grad_enabled(enabled: bool) -> Iterator[None]:
+    """Inside, ops are put on the tape (True) or not (False)."""
+    session = current.session()
+    before, session.grad_enabled = session.grad_enabled, enabled
+    try:
+        yield
+    finally:
+        session.grad_enabled = before
+
+

@@ -1,0 +1,349 @@
+"""Tensor: a handle on blocks that workers hold, with a place on the tape.
+
+What a tensor holds never changes under anyone else's feet: operations make new blocks, and an in-place
+operation rebinds this handle to its result. So there are no aliasing views: `y = x[0]` is a copy in the sense
+of the language (no bytes need move for it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from meshtape.runtime.dtypes import DEFAULT_FLOAT, AnyDType, canonical
+from meshtape.runtime.errors import GradError, MeshtapeError, SessionClosed, ShapeError
+from meshtape.runtime.op import lookup
+from meshtape.runtime.shards import Placements, Shape
+from meshtape.scheduler import current
+from meshtape.scheduler.layout import AnyLayout, Layout, Spec, parse_layout
+from meshtape.scheduler.session import Block, Session
+
+
+class Tensor:
+    """A tensor that the whole mesh holds and the program sees as one."""
+
+    __slots__ = ("__weakref__", "_grad", "_retain", "block", "edge", "spec")
+    __array_priority__ = 1000
+    __array_ufunc__ = None
+
+    block: Block
+    spec: Spec
+    edge: Any
+    _apply: Callable[..., Any]
+
+    def __init__(self) -> None:
+        raise TypeError("make tensors with meshtape.tensor(...), zeros(...), or operations on tensors")
+
+    # --- what it is ---------------------------------------------------------------------------------
+
+    @property
+    def shape(self) -> Shape:
+        return self.spec.shape
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.spec.dtype  # type: ignore[no-any-return]
+
+    @property
+    def ndim(self) -> int:
+        return self.spec.ndim
+
+    @property
+    def size(self) -> int:
+        """Number of elements."""
+        return self.spec.size
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole tensor, counted once however it is laid out."""
+        return self.spec.nbytes
+
+    @property
+    def layout(self) -> Layout:
+        """How the tensor lies on the mesh: one placement per mesh axis."""
+        return Layout(self.spec.owner.axes.names, self.spec.placements)
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.edge is not None
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        self.requires_grad_(value)
+
+    @property
+    def is_leaf(self) -> bool:
+        return self.edge is None or not self.edge[0].edges and type(self.edge[0]).__name__ == "Leaf"
+
+    @property
+    def grad(self) -> Tensor | None:
+        """What backward() accumulated, laid out like the tensor; None before."""
+        return getattr(self, "_grad", None)
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if value is not None and value.shape != self.shape:
+            raise ShapeError(f"grad: shape {value.shape} given for a tensor of shape {self.shape}")
+        self._grad = value
+
+    @property
+    def grad_fn(self) -> Any:
+        """The tape node that made this tensor, None for leaves."""
+        return None if self.is_leaf else self.edge[0]
+
+    def __len__(self) -> int:
+        if not self.spec.shape:
+            raise TypeError("len() of a tensor of 0 dimensions")
+        return self.spec.shape[0]
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    # --- values: these wait -------------------------------------------------------------------------
+
+    def numpy(self) -> np.ndarray[Any, Any]:
+        """The whole tensor as a NumPy array of its own. Waits for the workers."""
+        return owner_session(self).fetch([(self.block, self.spec)])[0]
+
+    def item(self) -> Any:
+        """The value of a tensor of one element as a Python number. Waits for the workers."""
+        if self.size != 1:
+            raise ShapeError(f"item(): the tensor has {self.size} elements (shape {self.shape}); reduce it to one, "
+                             f"or use .numpy()")
+        return self.numpy().item()
+
+    def tolist(self) -> Any:
+        return self.numpy().tolist()
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray[Any, Any]:
+        found = self.numpy()
+        return found if dtype is None else found.astype(dtype, copy=False)
+
+    def __bool__(self) -> bool:
+        return bool(self.item())
+
+    def __int__(self) -> int:
+        return int(self.item())
+
+    def __float__(self) -> float:
+        return float(self.item())
+
+    def __index__(self) -> int:
+        if self.dtype.kind not in "iub":
+            raise TypeError(f"a tensor of dtype {self.dtype} is no index; use integers")
+        return int(self.item())
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.size == 1 and spec else repr(self)
+
+    def __repr__(self) -> str:
+        return describe(self)
+
+    # --- layout and device --------------------------------------------------------------------------
+
+    def redistribute(self, layout: AnyLayout) -> Tensor:
+        """The same values under another layout. Raises LayoutError."""
+        return self.to_placements(parse_layout(layout, self.spec.owner.axes, self.ndim))
+
+    def to_placements(self, placements: Placements) -> Tensor:
+        if placements == self.spec.placements:
+            return self
+        block, spec = owner_session(self).redistribute(self.block, self.spec, placements)
+        return make(block, spec, self.edge)      # values are the same, so the gradient is: no node needed
+
+    # --- the tape -----------------------------------------------------------------------------------
+
+    def requires_grad_(self, value: bool = True) -> Tensor:
+        """Ask for gradients of this leaf (or stop asking). Raises GradError for what has no gradient."""
+        if value and self.edge is None:
+            if not self.spec.differentiable:
+                raise GradError(f"requires_grad: dtype {self.dtype} has no gradient; use a floating dtype")
+            self.edge = (current_leaf(self), 0)
+        elif not value and self.edge is not None:
+            if not self.is_leaf:
+                raise GradError("requires_grad=False on a computed tensor; use detach()")
+            self.edge = None
+        return self
+
+    def detach(self) -> Tensor:
+        """The same values, off the tape."""
+        return make(self.block, self.spec, None)
+
+    def retain_grad(self) -> None:
+        """Keep the gradient of this computed tensor in `.grad` at backward()."""
+        if self.edge is None:
+            raise GradError("retain_grad(): the tensor does not require grad")
+        if not self.is_leaf:
+            def keep(g: Tensor) -> None:
+                self._grad = g
+            self.register_hook(keep)
+
+    def register_hook(self, hook: Callable[[Tensor], Tensor | None]) -> Callable[[], None]:
+        """Call `hook` with this tensor's gradient at backward(); what it returns, if anything, replaces it.
+
+        Returns a function that removes the hook. Raises GradError if the tensor requires no grad.
+        """
+        if self.edge is None:
+            raise GradError("register_hook(): the tensor does not require grad")
+        return self.edge[0].hook(self.edge[1], hook)  # type: ignore[no-any-return]
+
+    def backward(self, gradient: Tensor | None = None, retain_graph: bool | None = None,
+                 create_graph: bool = False) -> None:
+        """Accumulate gradients into the leaves this tensor was computed from; see autograd.tape.backward."""
+        from meshtape.autograd.tape import backward
+        backward(self, gradient, retain_graph=retain_graph, create_graph=create_graph)
+
+    # --- in place: rebind this handle ---------------------------------------------------------------
+
+    def assign(self, result: Tensor, what: str) -> Tensor:
+        """Rebind this handle to `result`. Raises GradError on a leaf that requires grad, outside no_grad()."""
+        tracking = owner_session(self).grad_enabled
+        leaf = self.edge is not None and self.is_leaf
+        if tracking and leaf:
+            raise GradError(f"{what}: a leaf that requires grad cannot be changed in place while the tape records; "
+                            f"do it inside no_grad(), or compute a new tensor")
+        if result.shape != self.shape:
+            raise ShapeError(f"{what}: the result has shape {result.shape}, the tensor {self.shape}; "
+                             f"in-place operations keep the shape")
+        if result.dtype != self.dtype:
+            result = result.astype(self.dtype)  # type: ignore[attr-defined]
+        result = result.to_placements(self.spec.placements)
+        self.block, self.spec = result.block, result.spec
+        if tracking:
+            self.edge = result.edge
+        return self
+
+    def __copy__(self) -> Tensor:
+        return make(self.block, self.spec, self.edge)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copy = make(self.block, self.spec, None, type(self))
+        if self.edge is not None:
+            copy.requires_grad_()
+        memo[id(self)] = copy
+        return copy
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a tensor lives on its mesh and cannot be pickled; use meshtape.save(), or .numpy()")
+
+
+def make(block: Block, spec: Spec, edge: Any, kind: type[Tensor] = Tensor) -> Tensor:
+    """A handle on an existing block."""
+    t: Tensor = _new(kind)
+    t.block = block
+    t.spec = spec
+    t.edge = edge
+    return t
+
+
+_new = object.__new__
+
+
+def owner_session(t: Tensor) -> Session:
+    """The session that holds `t`; raises SessionClosed if it is not the current one."""
+    session = current.active
+    if session is None or session.specs is not t.spec.owner:
+        raise SessionClosed(f"a tensor of shape {t.shape} belongs to a mesh that was shut down or replaced; make it "
+                            f"again on the current mesh")
+    session.check()
+    return session
+
+
+def current_leaf(t: Tensor) -> Any:
+    from meshtape.autograd.tape import Leaf
+    return Leaf(t)
+
+
+def as_tensor(data: Any, dtype: AnyDType = None, layout: AnyLayout | None = None, *, owned: bool = False) -> Tensor:
+    """A tensor with the values of `data`: a tensor, an array, a number, or nested lists of numbers.
+
+    Python floats (and lists of them) become float32; arrays keep their dtype. Replicate unless `layout` says
+    otherwise. The data is copied unless `owned` (then the array must not change afterwards). Raises
+    DTypeError, ShapeError, LayoutError.
+    """
+    if isinstance(data, Tensor):
+        out = data if dtype is None or canonical(dtype) == data.dtype else data.astype(dtype)  # type: ignore[attr-defined]
+        return out if layout is None else out.redistribute(layout)
+    session = current.active or current.session()
+    array = to_array(data, dtype, copy=not owned)
+    placements = (session.axes.replicated if layout is None
+                  else parse_layout(layout, session.axes, array.ndim))
+    block, spec = session.place(array, placements)
+    return make(block, spec, None)
+
+
+def to_array(data: Any, dtype: AnyDType, *, copy: bool) -> np.ndarray[Any, Any]:
+    """A C-contiguous NumPy array of a supported dtype."""
+    from_array = hasattr(data, "dtype") or hasattr(data, "__array__")
+    wanted = None if dtype is None else canonical(dtype)
+    if isinstance(data, list | tuple) and any(isinstance(x, Tensor) for x in data):
+        data = [x.numpy() if isinstance(x, Tensor) else x for x in data]
+        from_array = True
+    try:
+        array = np.asarray(data)
+    except ValueError as error:
+        raise ShapeError(f"tensor(): the nested lists are ragged ({error}); make every row the same length") from error
+    if wanted is None:
+        wanted = canonical(array.dtype) if from_array or array.dtype.kind not in "fc" else (
+            DEFAULT_FLOAT if array.dtype.kind == "f" else canonical("complex64"))
+    if array.dtype.kind in "OUS":
+        raise MeshtapeError(f"tensor(): {type(data).__name__} data of dtype {array.dtype} is not numeric")
+    return np.array(array, dtype=wanted, order="C", copy=True if copy else None)
+
+
+def describe(t: Tensor) -> str:
+    """repr: the values (waits), dtype, and the layout if it is not plain."""
+    if t.size > 10000:
+        values = f"shape={t.shape}"
+    else:
+        values = np.array2string(t.numpy(), separator=", ", threshold=200, precision=4, prefix="tensor(")
+    extra = [f"dtype={t.dtype.name}"]
+    if any(p != -1 for p in t.spec.placements):
+        extra.append(f"layout={t.layout}")
+    if t.edge is not None:
+        extra.append("requires_grad=True" if t.is_leaf else f"grad_fn=<{t.edge[0].name}>")
+    return f"tensor({values}, {', '.join(extra)})"
+
+
+# --- operators ------------------------------------------------------------------------------------------
+
+def _binary(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    op = lookup(name)
+
+    def forward(self: Tensor, other: Any) -> Any:
+        return Tensor._apply(op, (self, other))
+
+    def reflected(self: Tensor, other: Any) -> Any:
+        return Tensor._apply(op, (other, self))
+
+    return forward, reflected
+
+
+def _unary(name: str) -> Callable[[Tensor], Tensor]:
+    op = lookup(name)
+    return lambda self: Tensor._apply(op, (self,))  # type: ignore[no-any-return]
+
+
+def install_operators(in_place: Sequence[str] = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and",
+                                                 "or", "xor", "matmul")) -> None:
+    """Give Tensor Python's operators, each an op of the table."""
+    names = {"add": "add", "sub": "sub", "mul": "mul", "truediv": "divide", "floordiv": "floor_divide",
+             "mod": "remainder", "pow": "pow", "matmul": "matmul", "and": "bitwise_and", "or": "bitwise_or",
+             "xor": "bitwise_xor"}
+    for python, name in names.items():
+        forward, reflected = _binary(name)
+        setattr(Tensor, f"__{python}__", forward)
+        setattr(Tensor, f"__r{python}__", reflected)
+        if python in in_place:
+            setattr(Tensor, f"__i{python}__", _in_place(forward, f"in-place {name}"))
+    for python, name in {"lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal", "eq": "equal",
+                         "ne": "not_equal"}.items():
+        setattr(Tensor, f"__{python}__", _binary(name)[0])
+    for python, name in {"neg": "negative", "pos": "positive", "abs": "abs", "invert": "bitwise_invert"}.items():
+        setattr(Tensor, f"__{python}__", _unary(name))
+
+
+def _in_place(forward: Callable[..., Any], what: str) -> Callable[..., Any]:
+    return lambda self, other: self.assign(forward(self, other), what)

@@ -1,0 +1,170 @@
+"""Carrying out a redistribution: one collective (or local cut) per change of one placement on one mesh axis.
+
+The scheduler chooses the path; here each hop between two neighbouring placements is turned into a call.
+    Partial -> Replicate   all_reduce          Shard(d) -> Replicate  all_gather
+    Partial -> Shard(d)    reduce_scatter      Shard(d) -> Shard(e)   all_to_all
+    Replicate -> Shard(d)  cut, no traffic     any -> Partial         coordinate 0 keeps the values, the others add nothing
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from meshtape.runtime.shards import REPLICATE, Placements, Shape, is_partial, piece, split, split_sizes
+
+Hop = Callable[[Any], Any]
+
+
+def changed_axis(before: Placements, after: Placements) -> int:
+    """The one mesh axis on which two neighbouring placements of a path differ."""
+    (axis,) = [a for a, (p, q) in enumerate(zip(before, after, strict=True)) if p != q]
+    return axis
+
+
+def compile_path(xp: Any, shape: Shape, path: Sequence[Placements], mesh_shape: Sequence[int],
+                 coord: Sequence[int], communicators: Sequence[Any]) -> Hop:
+    """A function from this worker's local array under path[0] to its local array under path[-1]."""
+    hops = [compile_hop(xp, shape, before, after, mesh_shape, coord, communicators)
+            for before, after in zip(path, path[1:], strict=False)]
+
+    def run(x: Any) -> Any:
+        for hop in hops:
+            x = hop(x)
+        return x
+
+    return hops[0] if len(hops) == 1 else run
+
+
+def compile_hop(xp: Any, shape: Shape, before: Placements, after: Placements, mesh_shape: Sequence[int],
+                coord: Sequence[int], communicators: Sequence[Any]) -> Hop:
+    axis = changed_axis(before, after)
+    parts, index, comm = mesh_shape[axis], coord[axis], communicators[axis]
+    source, target = before[axis], after[axis]
+    without = (*before[:axis], REPLICATE, *before[axis + 1:])
+    whole = piece(shape, without, mesh_shape, coord).shape      # local shape were it not for this axis
+    if is_partial(target):
+        return _to_partial(xp, source, str(target), whole, parts, index)
+    if is_partial(source):
+        if target == REPLICATE:
+            return lambda x: comm.all_reduce(xp.ascontiguousarray(x), str(source))
+        return _reduce_scatter(xp, str(source), int(target), whole, parts, index, comm)
+    if source == REPLICATE:
+        return _cut(int(target), whole, parts, index)
+    if target == REPLICATE:
+        return _all_gather(xp, int(source), whole, parts, comm)
+    return _all_to_all(xp, int(source), int(target), whole, parts, index, comm)
+
+
+def _cut(dim: int, whole: Shape, parts: int, index: int) -> Hop:
+    start, stop = split(whole[dim], parts, index)
+    key = (slice(None),) * dim + (slice(start, stop),)
+    return lambda x: x[key]
+
+
+def _to_partial(xp: Any, source: Any, combine: str, whole: Shape, parts: int, index: int) -> Hop:
+    if source == REPLICATE:
+        if combine in ("max", "min") or index == 0:
+            return lambda x: x
+        return lambda x: xp.zeros_like(x)
+    if combine != "sum":
+        raise ValueError(f"Shard({source}) -> Partial({combine!r}) goes through Replicate")
+    start, stop = split(whole[source], parts, index)
+    key = (slice(None),) * source + (slice(start, stop),)
+
+    def embed(x: Any) -> Any:
+        out = xp.zeros(whole, x.dtype)
+        out[key] = x
+        return out
+
+    return embed
+
+
+def _sizes(whole: Shape, dim: int, parts: int) -> tuple[list[int], list[int]]:
+    """Extents along `dim` of every part, and their element counts."""
+    extents = split_sizes(whole[dim], parts)
+    rest = 1
+    for d, n in enumerate(whole):
+        rest *= 1 if d == dim else n
+    return extents, [n * rest for n in extents]
+
+
+def _pack(xp: Any, x: Any, dim: int, extents: list[int]) -> Any:
+    """`x` cut along `dim` into parts laid one after the other in one flat array."""
+    if dim == 0 or all(n == 1 for n in x.shape[:dim]):
+        return xp.ascontiguousarray(x).reshape(-1)
+    out, at, start = xp.empty(x.size, x.dtype), 0, 0
+    for n in extents:
+        part = x[(slice(None),) * dim + (slice(start, start + n),)]
+        out[at:at + part.size].reshape(part.shape)[...] = part
+        at, start = at + part.size, start + n
+    return out
+
+
+def _unpack(xp: Any, flat: Any, dim: int, shape: Shape, extents: list[int]) -> Any:
+    """The inverse of _pack."""
+    if dim == 0 or all(n == 1 for n in shape[:dim]):
+        return flat.reshape(shape)
+    out, at, start = xp.empty(shape, flat.dtype), 0, 0
+    for n in extents:
+        view = out[(slice(None),) * dim + (slice(start, start + n),)]
+        view[...] = flat[at:at + view.size].reshape(view.shape)
+        at, start = at + view.size, start + n
+    return out
+
+
+def _reduce_scatter(xp: Any, combine: str, dim: int, whole: Shape, parts: int, index: int, comm: Any) -> Hop:
+    extents, counts = _sizes(whole, dim, parts)
+    mine = (*whole[:dim], extents[index], *whole[dim + 1:])
+    return lambda x: comm.reduce_scatter(_pack(xp, x, dim, extents), counts, combine).reshape(mine)
+
+
+def _all_gather(xp: Any, dim: int, whole: Shape, parts: int, comm: Any) -> Hop:
+    extents, counts = _sizes(whole, dim, parts)
+
+    def gather(x: Any) -> Any:
+        flat = comm.all_gather(xp.ascontiguousarray(x).reshape(-1), counts)
+        return _unpack(xp, flat, dim, whole, extents)
+
+    return gather
+
+
+def _all_to_all(xp: Any, source: int, target: int, whole: Shape, parts: int, index: int, comm: Any) -> Hop:
+    given, wanted = split_sizes(whole[source], parts), split_sizes(whole[target], parts)
+    rest = 1
+    for d, n in enumerate(whole):
+        rest *= 1 if d in (source, target) else n
+    send = [given[index] * n * rest for n in wanted]
+    receive = [n * wanted[index] * rest for n in given]
+    mine = tuple(wanted[index] if d == target else n for d, n in enumerate(whole))
+
+    def exchange(x: Any) -> Any:
+        flat = comm.all_to_all(_pack(xp, x, target, wanted), send, receive)
+        return _unpack(xp, flat, source, mine, given)
+
+    return exchange
+
+
+def compile_bucket(xp: Any, shapes: Sequence[Shape], combine: str, comm: Any) -> Callable[..., list[Any]]:
+    """All-reduce several local arrays of one dtype as one message."""
+    sizes = []
+    for shape in shapes:
+        n = 1
+        for extent in shape:
+            n *= extent
+        sizes.append(n)
+    total = sum(sizes)
+
+    def run(*arrays: Any) -> list[Any]:
+        flat, at = xp.empty(total, arrays[0].dtype), 0
+        for x, n in zip(arrays, sizes, strict=True):
+            flat[at:at + n].reshape(x.shape)[...] = x
+            at += n
+        flat = comm.all_reduce(flat, combine, flat)
+        out, at = [], 0
+        for shape, n in zip(shapes, sizes, strict=True):
+            out.append(flat[at:at + n].reshape(shape))
+            at += n
+        return out
+
+    return run

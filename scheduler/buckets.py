@@ -1,0 +1,118 @@
+"""From a recorded batch to the body that workers run: duplicate reductions merged, reductions bucketed.
+
+Pure: tuples in, tuples out. A gradient reduction is recorded right after the gradient; here it is put off until
+a result of its bucket is first needed (or the bucket is full), so that one collective carries many gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from meshtape.runtime.moves import changed_axis
+from meshtape.runtime.protocol import Instr
+from meshtape.runtime.shards import REPLICATE, is_partial
+
+BUCKET_BYTES = 16 << 20
+
+
+class Recorded(NamedTuple):
+    """One recorded instruction: its number, slots (negative inputs are scalars), and its place in the batch."""
+
+    number: int
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    origin: int
+
+
+def unflatten(body: Sequence[tuple[int, ...]], instrs: Sequence[Instr]) -> list[Recorded]:
+    """Recorded tuples are flat, (number, inputs..., outputs...); split them by the instruction's arity."""
+    out = []
+    for at, (number, *slots) in enumerate(body):
+        n = len(instrs[number].ins)
+        out.append(Recorded(number, tuple(slots[:n]), tuple(slots[n:]), at))
+    return out
+
+
+def all_reduce_axis(instr: Instr) -> int | None:
+    """The mesh axis of an instruction that is nothing but one all-reduce, else None."""
+    if instr.op != "redistribute" or len(instr.attrs[0]) != 2:
+        return None
+    before, after = instr.attrs[0]
+    axis = changed_axis(before, after)
+    return axis if is_partial(before[axis]) and after[axis] == REPLICATE else None
+
+
+def merge_duplicates(steps: Sequence[Recorded], instrs: Sequence[Instr], temporary: frozenset[int],
+                     ) -> list[Recorded]:
+    """A Partial value that several ops need reduced is reduced once.
+
+    Only where the duplicate's result is a temporary: a result that the user can reach keeps its own slot.
+    """
+    known: dict[tuple[int, int], int] = {}
+    same: dict[int, int] = {}
+    out = []
+    for step in steps:
+        ins = tuple(same.get(s, s) for s in step.ins)
+        if all_reduce_axis(instrs[step.number]) is not None:
+            key = (step.number, ins[0])
+            if key in known and step.outs[0] in temporary:
+                same[step.outs[0]] = known[key]
+                continue
+            if step.outs[0] in temporary:
+                known.setdefault(key, step.outs[0])
+        out.append(step._replace(ins=ins))
+    return out
+
+
+def bucket(steps: Sequence[Recorded], instrs: Sequence[Instr], number: Callable[[Instr], int],
+           limit: int = BUCKET_BYTES) -> list[Recorded]:
+    """Group all-reduces of one mesh axis, reduction and dtype; each group runs where first needed."""
+    out: list[Recorded] = []
+    open_: dict[tuple[int, str, str], list[Recorded]] = {}
+    home: dict[int, tuple[int, str, str]] = {}
+    size: dict[tuple[int, str, str], int] = {}
+
+    def close(key: tuple[int, str, str]) -> None:
+        group = open_.pop(key)
+        size.pop(key)
+        for s in group:
+            home.pop(s.outs[0])
+        out.append(group[0] if len(group) == 1 else _joined(key, group, instrs, number))
+
+    for step in steps:
+        for key in dict.fromkeys(home[s] for s in step.ins if s in home):
+            close(key)
+        instr = instrs[step.number]
+        axis = all_reduce_axis(instr)
+        if axis is None:
+            out.append(step)
+            continue
+        kind = instr.outs[0]
+        key = (axis, str(instr.attrs[0][0][axis]), kind.dtype)
+        open_.setdefault(key, []).append(step)
+        home[step.outs[0]] = key
+        size[key] = size.get(key, 0) + _bytes(instr)
+        if size[key] >= limit:
+            close(key)
+    for key in list(open_):
+        close(key)
+    return out
+
+
+def _joined(key: tuple[int, str, str], group: Sequence[Recorded], instrs: Sequence[Instr],
+            number: Callable[[Instr], int]) -> Recorded:
+    axis, combine, _ = key
+    ins = tuple(instrs[s.number].ins[0] for s in group)
+    outs = tuple(instrs[s.number].outs[0] for s in group)
+    joined = Instr("all_reduce_bucket", (axis, combine), ins, outs)
+    return Recorded(number(joined), tuple(s.ins[0] for s in group), tuple(s.outs[0] for s in group),
+                    group[-1].origin)
+
+
+def _bytes(instr: Instr) -> int:
+    out = instr.outs[0]
+    n = 8 if out.dtype.endswith("64") else 4
+    for extent in out.shape:
+        n *= extent
+    return n

@@ -1,0 +1,67 @@
+"""What moving and computing costs, in seconds: one function prices a plan and simulates it.
+
+Alpha-beta model: a collective over n workers on B local bytes takes
+    alpha * hops + bytes on the wire / bandwidth
+with hops = n-1 for all-gather, reduce-scatter and all-to-all, 2(n-1) for all-reduce (the ring's figures, as in
+Thakur, Rabenseifner and Gropp 2005), and (n-1)/n B, 2(n-1)/n B, (n-1)/n^2 B bytes for the *whole* tensor's B.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from meshtape.runtime.shards import REPLICATE, Placement, is_partial
+
+
+@dataclass(frozen=True)
+class Link:
+    """Calibrated constants of one kind of connection."""
+
+    latency: float          # seconds per hop
+    bandwidth: float        # bytes per second
+
+
+@dataclass(frozen=True)
+class Device:
+    """Calibrated constants of one kind of worker."""
+
+    flops: float            # multiply-add operations count two
+    memory: float           # bytes per second
+    call: float             # seconds per kernel call
+
+
+LINKS = {
+    "self": Link(0.0, 1e12),
+    "threads": Link(30e-6, 6e9),
+    "shm": Link(4e-6, 5e9),
+    "tcp": Link(40e-6, 1e9),
+    "nccl": Link(8e-6, 2e11),
+}
+CPU = Device(flops=6e10, memory=8e9, call=2e-6)
+GPU = Device(flops=4e13, memory=3e12, call=5e-6)
+
+
+def move_bytes(before: Placement, after: Placement, whole: float, n: int) -> float:
+    """Bytes that each worker puts on the wire when one placement changes on an axis of n workers.
+
+    `whole` is the size in bytes of the tensor as if that axis were not there.
+    """
+    if n == 1 or before == after or before == REPLICATE or is_partial(after):
+        return 0.0
+    if is_partial(before):
+        return whole * (n - 1) / n * (2 if after == REPLICATE else 1)
+    return whole * (n - 1) / n if after == REPLICATE else whole * (n - 1) / (n * n)
+
+
+def move_seconds(before: Placement, after: Placement, whole: float, n: int, link: Link) -> float:
+    """Time of that change. Cutting a replicated tensor is local and costs nothing worth counting."""
+    wire = move_bytes(before, after, whole, n)
+    if n == 1 or before == after or before == REPLICATE or is_partial(after):
+        return 0.0
+    hops = 2 * (n - 1) if is_partial(before) and after == REPLICATE else n - 1
+    return hops * link.latency + wire / link.bandwidth
+
+
+def compute_seconds(flops: float, traffic: float, device: Device) -> float:
+    """Roofline: the longer of arithmetic and memory traffic, plus one call."""
+    return device.call + max(flops / device.flops, traffic / device.memory)
