@@ -14,7 +14,6 @@ from meshtape.runtime.ops.rules import (
     BOOL,
     COMPLEX,
     FLOATING,
-    INTEGER,
     DTypeRule,
     binary,
     binary_samples,
@@ -37,8 +36,9 @@ add = binary(
     vjp=(lambda g, out, x, y: unbroadcast(g, x), lambda g, out, x, y: unbroadcast(g, y)))
 
 sub = binary(
-    "sub", "subtract", promoted(BOOL), elementwise="x - y", linear=((0, 1),), samples=binary_samples(kinds="fic"),
-    vjp=(lambda g, out, x, y: unbroadcast(g, x), lambda g, out, x, y: unbroadcast(-g, y)))
+    "sub", "subtract", promoted(BOOL), elementwise="x - y", linear=((0, 1),),
+    vjp=(lambda g, out, x, y: unbroadcast(g, x), lambda g, out, x, y: unbroadcast(-g, y)),
+    samples=binary_samples(kinds="fic"))
 
 mul = binary(
     "mul", "multiply", promoted(), elementwise="x * y", linear=((0,), (1,)), keeps="x y",
@@ -88,16 +88,22 @@ def _pow_by_y(g: Any, out: Any, x: Any, y: Any) -> Any:
     return unbroadcast(g * conjugate(pow_(x, y) * log_x), y)
 
 
+def _pow_samples() -> list[Sample]:
+    zeros = np.array([0.0, 1.5, 0.0, 2.0])
+    scalars = ((5, 3), 2), ((5,), -1), ((5,), 0), (zeros, 3), (zeros, 2.0)
+    return [*binary_samples(0.5, 2.0, kinds="fic")(), *map(Sample, scalars),
+            Sample(((5,), 3), dtype="int64", diff=False)]
+
+
 pow_ = binary("pow", _pow, promoted(BOOL), elementwise="pow(x, y)", keeps="x y", vjp=(_pow_by_x, _pow_by_y),
-              samples=lambda: [*binary_samples(0.5, 2.0, kinds="fic")(), Sample(((5, 3), 2)), Sample(((5,), -1)),
-                               Sample(((5,), 0)), Sample(((5,), 3), dtype="int64", diff=False)])
+              samples=_pow_samples)
 
 negative = unary("negative", "negative", promoted(BOOL), elementwise="-x", linear=((0,),),
                  vjp=(lambda g, out, x: -g,), samples=unary_samples(kinds="fic"))
 positive = unary("positive", "positive", promoted(BOOL), elementwise="x", linear=((0,),),
                  vjp=(lambda g, out, x: g,), samples=unary_samples(kinds="fic"))
-abs_ = unary("abs", "absolute", real_part(BOOL), elementwise="abs(x)", keeps="x", samples=unary_samples(kinds="fic"),
-             vjp=(lambda g, out, x: g * sign(x),))
+abs_ = unary("abs", "absolute", real_part(BOOL), elementwise="abs(x)", keeps="x",
+             vjp=(lambda g, out, x: g * sign(x),), samples=unary_samples(kinds="fic"))
 sign = unary("sign", "sign", promoted(BOOL), elementwise="sign(x)", vjp=(no_slope,))
 square = unary("square", "square", promoted(BOOL), elementwise="x * x", keeps="x", slope=lambda out, x: x * 2,
                samples=unary_samples(kinds="fic"))
@@ -115,16 +121,16 @@ imag = unary("imag", lambda xp, x: x.imag, real_part(), linear=((0,),), vjp=(lam
 exp = unary("exp", "exp", floated(), elementwise="exp(x)", keeps="out", slope=lambda out, x: out,
             samples=unary_samples(kinds="fc"))
 expm1 = unary("expm1", "expm1", floated(), elementwise="expm1(x)", keeps="out", slope=lambda out, x: out + 1)
-log = unary("log", "log", floated(), elementwise="log(x)", keeps="x", samples=unary_samples(0.3, 3.0, kinds="fc"),
-            vjp=(lambda g, out, x: g / conjugate(x),))
-log1p = unary("log1p", "log1p", floated(), elementwise="log1p(x)", keeps="x", samples=unary_samples(-0.7, 3.0),
-              vjp=(lambda g, out, x: g / conjugate(x + 1),))
-log2 = unary("log2", "log2", floated(), elementwise="log2(x)", keeps="x", samples=unary_samples(0.3, 3.0),
-             vjp=(lambda g, out, x: g / conjugate(x * math.log(2)),))
-log10 = unary("log10", "log10", floated(), elementwise="log10(x)", keeps="x", samples=unary_samples(0.3, 3.0),
-              vjp=(lambda g, out, x: g / conjugate(x * math.log(10)),))
-sqrt = unary("sqrt", "sqrt", floated(), elementwise="sqrt(x)", keeps="out", samples=unary_samples(0.3, 3.0),
-             vjp=(lambda g, out, x: g * 0.5 / conjugate(out),))
+log = unary("log", "log", floated(), elementwise="log(x)", keeps="x",
+            vjp=(lambda g, out, x: g / conjugate(x),), samples=unary_samples(0.3, 3.0, kinds="fc"))
+log1p = unary("log1p", "log1p", floated(), elementwise="log1p(x)", keeps="x",
+              vjp=(lambda g, out, x: g / conjugate(x + 1),), samples=unary_samples(-0.7, 3.0))
+log2 = unary("log2", "log2", floated(), elementwise="log2(x)", keeps="x",
+             vjp=(lambda g, out, x: g / conjugate(x * math.log(2)),), samples=unary_samples(0.3, 3.0))
+log10 = unary("log10", "log10", floated(), elementwise="log10(x)", keeps="x",
+              vjp=(lambda g, out, x: g / conjugate(x * math.log(10)),), samples=unary_samples(0.3, 3.0))
+sqrt = unary("sqrt", "sqrt", floated(), elementwise="sqrt(x)", keeps="out",
+             vjp=(lambda g, out, x: g * 0.5 / conjugate(out),), samples=unary_samples(0.3, 3.0))
 rsqrt = unary("rsqrt", lambda xp, x: 1 / xp.sqrt(x), floated(), elementwise="rsqrt(x)", keeps="out",
               slope=lambda out, x: out * out * out * -0.5, samples=unary_samples(0.3, 3.0))
 
@@ -132,17 +138,20 @@ sin = unary("sin", "sin", floated(), elementwise="sin(x)", keeps="x", slope=lamb
 cos = unary("cos", "cos", floated(), elementwise="cos(x)", keeps="x", slope=lambda out, x: -sin(x))
 tan = unary("tan", "tan", floated(), elementwise="tan(x)", keeps="out", slope=lambda out, x: out * out + 1,
             samples=unary_samples(-1.2, 1.2))
-asin = unary("asin", "arcsin", floated(), elementwise="asin(x)", keeps="x", slope=lambda out, x: rsqrt(1 - x * x),
-             samples=unary_samples(-0.9, 0.9))
-acos = unary("acos", "arccos", floated(), elementwise="acos(x)", keeps="x", slope=lambda out, x: -rsqrt(1 - x * x),
-             samples=unary_samples(-0.9, 0.9))
-atan = unary("atan", "arctan", floated(), elementwise="atan(x)", keeps="x", slope=lambda out, x: reciprocal(x * x + 1))
+asin = unary("asin", "arcsin", floated(), elementwise="asin(x)", keeps="x",
+             slope=lambda out, x: rsqrt(1 - x * x), samples=unary_samples(-0.9, 0.9))
+acos = unary("acos", "arccos", floated(), elementwise="acos(x)", keeps="x",
+             slope=lambda out, x: -rsqrt(1 - x * x), samples=unary_samples(-0.9, 0.9))
+atan = unary("atan", "arctan", floated(), elementwise="atan(x)", keeps="x",
+             slope=lambda out, x: reciprocal(x * x + 1))
 sinh = unary("sinh", "sinh", floated(), elementwise="sinh(x)", keeps="x", slope=lambda out, x: cosh(x))
 cosh = unary("cosh", "cosh", floated(), elementwise="cosh(x)", keeps="x", slope=lambda out, x: sinh(x))
-tanh = unary("tanh", "tanh", floated(), elementwise="tanh(x)", keeps="out", slope=lambda out, x: 1 - out * out)
-asinh = unary("asinh", "arcsinh", floated(), elementwise="asinh(x)", keeps="x", slope=lambda out, x: rsqrt(x * x + 1))
-acosh = unary("acosh", "arccosh", floated(), elementwise="acosh(x)", keeps="x", slope=lambda out, x: rsqrt(x * x - 1),
-              samples=unary_samples(1.3, 3.0))
+tanh = unary("tanh", "tanh", floated(), elementwise="tanh(x)", keeps="out",
+             slope=lambda out, x: 1 - out * out)
+asinh = unary("asinh", "arcsinh", floated(), elementwise="asinh(x)", keeps="x",
+              slope=lambda out, x: rsqrt(x * x + 1))
+acosh = unary("acosh", "arccosh", floated(), elementwise="acosh(x)", keeps="x",
+              slope=lambda out, x: rsqrt(x * x - 1), samples=unary_samples(1.3, 3.0))
 atanh = unary("atanh", "arctanh", floated(), elementwise="atanh(x)", keeps="x",
               slope=lambda out, x: reciprocal(1 - x * x), samples=unary_samples(-0.9, 0.9))
 atan2 = binary("atan2", "arctan2", floated(COMPLEX), elementwise="atan2(x, y)", keeps="x y",
@@ -177,21 +186,26 @@ not_equal = binary("not_equal", "not_equal", tested(), elementwise="x != y", sam
 less = binary("less", "less", tested(COMPLEX), elementwise="x < y", samples=_CHOICES)
 less_equal = binary("less_equal", "less_equal", tested(COMPLEX), elementwise="x <= y", samples=_CHOICES)
 greater = binary("greater", "greater", tested(COMPLEX), elementwise="x > y", samples=_CHOICES)
-greater_equal = binary("greater_equal", "greater_equal", tested(COMPLEX), elementwise="x >= y", samples=_CHOICES)
+greater_equal = binary("greater_equal", "greater_equal", tested(COMPLEX), elementwise="x >= y",
+                       samples=_CHOICES)
 
-logical_and = binary("logical_and", "logical_and", tested(), elementwise="(x != 0) & (y != 0)", samples=_CHOICES)
-logical_or = binary("logical_or", "logical_or", tested(), elementwise="(x != 0) | (y != 0)", samples=_CHOICES)
-logical_xor = binary("logical_xor", "logical_xor", tested(), elementwise="(x != 0) ^ (y != 0)", samples=_CHOICES)
+logical_and = binary("logical_and", "logical_and", tested(), elementwise="(x != 0) & (y != 0)",
+                     samples=_CHOICES)
+logical_or = binary("logical_or", "logical_or", tested(), elementwise="(x != 0) | (y != 0)",
+                    samples=_CHOICES)
+logical_xor = binary("logical_xor", "logical_xor", tested(), elementwise="(x != 0) ^ (y != 0)",
+                     samples=_CHOICES)
 logical_not = unary("logical_not", "logical_not", tested(), elementwise="x == 0",
                     samples=unary_samples(kinds="fib", diff=False))
 
 _BITS = binary_samples(0, 5, kinds="ib", diff=False)
+_bits = promoted(FLOATING, COMPLEX)
 
-bitwise_and = binary("bitwise_and", "bitwise_and", promoted(FLOATING, COMPLEX), elementwise="x & y", samples=_BITS)
-bitwise_or = binary("bitwise_or", "bitwise_or", promoted(FLOATING, COMPLEX), elementwise="x | y", samples=_BITS)
-bitwise_xor = binary("bitwise_xor", "bitwise_xor", promoted(FLOATING, COMPLEX), elementwise="x ^ y", samples=_BITS)
+bitwise_and = binary("bitwise_and", "bitwise_and", _bits, elementwise="x & y", samples=_BITS)
+bitwise_or = binary("bitwise_or", "bitwise_or", _bits, elementwise="x | y", samples=_BITS)
+bitwise_xor = binary("bitwise_xor", "bitwise_xor", _bits, elementwise="x ^ y", samples=_BITS)
 # No expression: C's ~ of a bool is not its negation.
-bitwise_invert = unary("bitwise_invert", "invert", promoted(FLOATING, COMPLEX),
+bitwise_invert = unary("bitwise_invert", "invert", _bits,
                        samples=unary_samples(kinds="ib", diff=False))
 bitwise_left_shift = binary("bitwise_left_shift", "left_shift", promoted(BOOL, FLOATING, COMPLEX),
                             samples=binary_samples(0, 5, kinds="i", diff=False))
@@ -220,15 +234,17 @@ def _where_rule(name: str) -> DTypeRule:
 
 def _where_samples() -> list[Sample]:
     c = np.array([[True, False, True], [False, False, True], [True, True, False], [False, True, False]])
-    return [Sample((c, (4, 3), (4, 3))), Sample((c, (3,), (4, 1))), Sample((c, (4, 3), 0)), Sample((c, 1.5, (3,))),
-            Sample((c[0], (5, 3), ())), Sample((c, 1.0, 0.0), diff=False), Sample((c, (4, 3), (3,)), dtype="int64",
-            diff=False), Sample((c[:0], (0, 3), (3,)))]
+    pairs = ((c, (4, 3), (4, 3)), (c, (3,), (4, 1)), (c, (4, 3), 0), (c, 1.5, (3,)), (c[0], (5, 3), ()),
+             (c[:, :1], (3,), (1, 3)), (c[:0], (0, 3), (3,)))
+    return [*map(Sample, pairs), Sample((c, 1.0, 0.0), diff=False),
+            Sample((c, (4, 3), (3,)), dtype="int64", diff=False)]
 
 
 where = pointwise(
-    "where", lambda xp, c, x, y: xp.where(c, x, y), _where_rule, elementwise="where(c, x, y)", linear=((1, 2),),
-    keeps="c", vjp=(None, lambda g, out, c, x, y: unbroadcast(where(c, g, 0), x),
-                    lambda g, out, c, x, y: unbroadcast(where(c, 0, g), y)), samples=_where_samples)
+    "where", lambda xp, c, x, y: xp.where(c, x, y), _where_rule, elementwise="where(c, x, y)",
+    linear=((1, 2),), keeps="c", samples=_where_samples,
+    vjp=(None, lambda g, out, c, x, y: unbroadcast(where(c, g, 0), x),
+         lambda g, out, c, x, y: unbroadcast(where(c, 0, g), y)))
 
 
 def _larger(g: Any, x: Any, y: Any) -> Any:
@@ -272,8 +288,8 @@ clip = pointwise(
     "clip", lambda xp, x, lo, hi, out=None: xp.minimum(xp.maximum(x, lo), hi, out=out), promoted(COMPLEX),
     elementwise="min(max(x, lo), hi)", keeps="x lo hi", vjp=(_clip_by_x, _clip_by_lo, _clip_by_hi),
     samples=lambda: [
-        Sample(((5, 3), -1.0, 0.5)), Sample(((5, 3), (3,), (5, 1))), Sample(((4, 2), -0.5, (2,))), Sample(((), -1.0, 1.0)),
-        Sample(((7,), 0, 1), dtype="int64", diff=False), Sample(((0, 2), -1.0, 1.0))])
+        Sample(((5, 3), -1.0, 0.5)), Sample(((5, 3), (3,), (5, 1))), Sample(((4, 2), -0.5, (2,))),
+        Sample(((), -1.0, 1.0)), Sample(((0, 2), -1.0, 1.0)), Sample(((7,), 0, 1), dtype="int64", diff=False)])
 
 
 # --- casts --------------------------------------------------------------------------------------------------
@@ -286,6 +302,7 @@ def _cast_rule(name: str) -> DTypeRule:
 astype = unary(
     "astype", lambda xp, x, dtype: x.astype(dtypes.canonical(dtype), copy=False), _cast_rule,
     attrs={"dtype": REQUIRED}, vjp=(lambda g, out, x, dtype: g,),
-    samples=lambda: [*unary_samples(kinds="fi", dtype="float64")(), *unary_samples(diff=False, dtype="float32")(),
+    samples=lambda: [*unary_samples(kinds="fi", dtype="float64")(),
+                     *unary_samples(diff=False, dtype="float32")(),
                      *unary_samples(kinds="fib", diff=False, dtype="int32")(),
                      *unary_samples(kinds="fi", diff=False, dtype="bool")()])

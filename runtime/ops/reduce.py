@@ -52,8 +52,8 @@ def shape_of_nonempty(name: str) -> Callable[..., list[Shape]]:
     def rule(x: Shape, axis: Axis, keepdims: bool, **attrs: Any) -> list[Shape]:
         for i in normalize_axes(axis, len(x), name):
             if x[i] == 0:
-                raise ShapeError(f"{name}: dimension {i} of {x} is empty, and there is no {name} of no elements; "
-                                 f"reduce dimensions that have elements")
+                raise ShapeError(f"{name}: dimension {i} of {x} is empty, and there is no {name} of no "
+                                 f"elements; reduce dimensions that have elements")
         return [reduced_shape(name, x, axis, keepdims)]
     return rule
 
@@ -107,17 +107,18 @@ AXES: tuple[tuple[Shape, Axis], ...] = (
 )
 
 
-def reductions(*, empty: bool = True, diff: bool = True, distinct: bool = False, kinds: str = "ib", low: float = -2.0,
-               **attrs: Any) -> Callable[[], list[Sample]]:
+def reductions(*, empty: bool = True, diff: bool = True, distinct: bool = False, kinds: str = "ib",
+               low: float = -2.0, **attrs: Any) -> Callable[[], list[Sample]]:
     """Samples over shapes, axes and keepdims; `empty` adds reductions over no elements."""
     def make() -> list[Sample]:
-        found = [Sample((x,), {"axis": axis, "keepdims": keepdims, **attrs}, low=low, diff=diff, distinct=distinct)
-                 for x, axis in AXES for keepdims in (False, True)]
+        found = [Sample((x,), {"axis": axis, "keepdims": keepdims, **attrs}, low=low, diff=diff,
+                        distinct=distinct) for x, axis in AXES for keepdims in (False, True)]
         if empty:
             found += [Sample(((0, 3),), {"axis": axis, **attrs}, diff=diff) for axis in (0, None)]
         for letter, dtype in (("i", "int32"), ("i", "uint8"), ("b", "bool"), ("c", "complex128")):
             if letter in kinds:
-                found += [Sample(((4, 3),), {"axis": axis, **attrs}, dtype, 0 if dtype == "uint8" else -5, 5, diff=False)
+                least = 0 if dtype == "uint8" else -5
+                found += [Sample(((4, 3),), {"axis": axis, **attrs}, dtype, least, 5, diff=False)
                           for axis in (1, None)]
         return found
     return make
@@ -126,7 +127,8 @@ def reductions(*, empty: bool = True, diff: bool = True, distinct: bool = False,
 # --- sums ---------------------------------------------------------------------------------------------------
 
 def _sum(xp: Any, x: Any, axis: Axis, keepdims: bool, dtype: str | None) -> Any:
-    return x.sum(axis=normalize_axes(axis, x.ndim), dtype=accumulator(_summed(x.dtype, dtype)), keepdims=keepdims)
+    acc = accumulator(_summed(x.dtype, dtype))
+    return x.sum(axis=normalize_axes(axis, x.ndim), dtype=acc, keepdims=keepdims)
 
 
 def _unsum(g: Any, out: Any, x: Any, axis: Axis, keepdims: bool, **attrs: Any) -> Any:
@@ -134,8 +136,8 @@ def _unsum(g: Any, out: Any, x: Any, axis: Axis, keepdims: bool, **attrs: Any) -
 
 
 sum_ = register(Op(
-    "sum", _sum, attrs={"axis": None, "keepdims": False, "dtype": None}, shape=shape_of("sum"), dtype=_sum_rule,
-    axes=axes_of("sum"), linear=((0,),), vjp=(_unsum,),
+    "sum", _sum, attrs={"axis": None, "keepdims": False, "dtype": None}, shape=shape_of("sum"),
+    dtype=_sum_rule, axes=axes_of("sum"), linear=((0,),), vjp=(_unsum,),
     samples=lambda: [*reductions(kinds="ibc")(), *reductions(kinds="ib", diff=False, dtype="float32")()]))
 
 
@@ -148,7 +150,8 @@ def _broadcast_reduced(xp: Any, x: Any, shape: Shape, axis: Axis, keepdims: bool
 def _broadcast_reduced_shape(x: Shape, shape: Shape, axis: Axis, keepdims: bool) -> list[Shape]:
     needed = reduced_shape("broadcast_reduced", shape, axis, keepdims)
     if x != needed:
-        raise ShapeError(f"broadcast_reduced: {x} is not {shape} reduced over {axis}; give a tensor of shape {needed}")
+        raise ShapeError(f"broadcast_reduced: {x} is not {shape} reduced over {axis}; "
+                         f"give a tensor of shape {needed}")
     return [tuple(shape)]
 
 
@@ -163,7 +166,8 @@ broadcast_reduced = register(Op(
     shape=_broadcast_reduced_shape, dtype=lambda x, **attrs: ((x,), (x,)), axes=_broadcast_reduced_axes,
     linear=((0,),), local=lambda attrs, io: {**attrs, "shape": io.outs[0].shape},
     vjp=(lambda g, out, x, shape, axis, keepdims: sum_(g, axis=axis, keepdims=keepdims),),
-    samples=lambda: [Sample((reduced_shape("", x, axis, keepdims),), {"shape": x, "axis": axis, "keepdims": keepdims})
+    samples=lambda: [Sample((reduced_shape("", x, axis, keepdims),),
+                            {"shape": x, "axis": axis, "keepdims": keepdims})
                      for x, axis in AXES for keepdims in (False, True)]))
 
 
@@ -180,7 +184,8 @@ def _sum_to(xp: Any, x: Any, shape: Shape) -> Any:
 
 def _sum_to_shape(x: Shape, shape: Shape) -> list[Shape]:
     if broadcast_shapes("sum_to", x, shape) != x:
-        raise ShapeError(f"sum_to: {shape} does not broadcast to {x}; give a shape whose dimensions are 1 or match")
+        raise ShapeError(f"sum_to: {shape} does not broadcast to {x}; "
+                         f"give a shape whose dimensions match or are 1")
     return [tuple(shape)]
 
 
@@ -195,14 +200,14 @@ sum_to = register(Op(
     axes=_sum_to_axes, linear=((0,),), local=lambda attrs, io: {**attrs, "shape": io.outs[0].shape},
     vjp=(lambda g, out, x, shape: lookup("broadcast_to")(g, shape=tuple(x.shape)),),
     samples=lambda: [Sample((x,), {"shape": shape}) for x, shape in [
-        ((5, 3), (3,)), ((5, 3), (5, 1)), ((5, 3), ()), ((2, 3, 4), (3, 1)), ((2, 3, 4), (1, 3, 4)), ((1, 4), (1, 1)),
-        ((0, 3), (3,)), ((0, 3), (1, 3)), ((4, 3), (4, 3)), ((), ())]]))
+        ((5, 3), (3,)), ((5, 3), (5, 1)), ((5, 3), ()), ((2, 3, 4), (3, 1)), ((2, 3, 4), (1, 3, 4)),
+        ((1, 4), (1, 1)), ((0, 3), (3,)), ((0, 3), (1, 3)), ((4, 3), (4, 3)), ((), ())]]))
 
 
 def _mean(xp: Any, x: Any, axis: Axis, keepdims: bool, count: int | None) -> Any:
     axes = normalize_axes(axis, x.ndim)
     n = prod(x.shape[i] for i in axes) if count is None else count
-    return x.sum(axis=axes, dtype=accumulator(x.dtype), keepdims=keepdims) / np.float64(n).astype(x.real.dtype)
+    return x.sum(axis=axes, dtype=accumulator(x.dtype), keepdims=keepdims) / float(n)
 
 
 def _mean_local(attrs: dict[str, Any], io: IO) -> dict[str, Any]:
@@ -215,7 +220,7 @@ def _mean_vjp(g: Any, out: Any, x: Any, axis: Axis, keepdims: bool, count: int |
     return broadcast_reduced(g / n, shape=tuple(x.shape), axis=axis, keepdims=keepdims)
 
 
-# `count` is the number of elements in the whole tensor that each mean is over; workers hold only some of them.
+# `count` is how many elements of the whole tensor each mean is over; a worker holds only some of them.
 mean = register(Op(
     "mean", _mean, attrs={"axis": None, "keepdims": False, "count": None}, shape=shape_of("mean"),
     dtype=floated()("mean"), axes=axes_of("sum"), linear=((0,),), local=_mean_local, vjp=(_mean_vjp,),
@@ -245,7 +250,8 @@ logsumexp = register(Op(
 # --- products -----------------------------------------------------------------------------------------------
 
 def _prod(xp: Any, x: Any, axis: Axis, keepdims: bool, dtype: str | None) -> Any:
-    return x.prod(axis=normalize_axes(axis, x.ndim), dtype=accumulator(_summed(x.dtype, dtype)), keepdims=keepdims)
+    acc = accumulator(_summed(x.dtype, dtype))
+    return x.prod(axis=normalize_axes(axis, x.ndim), dtype=acc, keepdims=keepdims)
 
 
 def _prod_vjp(g: Any, out: Any, x: Any, axis: Axis, keepdims: bool, dtype: str | None) -> Any:
@@ -265,12 +271,12 @@ def _prod_vjp(g: Any, out: Any, x: Any, axis: Axis, keepdims: bool, dtype: str |
 
 def _prod_samples() -> list[Sample]:
     zeros = np.array([[1.5, 0.0, 2.0], [0.0, 3.0, 0.0], [1.0, -2.0, 0.5]])
-    return [*reductions(kinds="ibc")(), Sample((zeros,), {"axis": 1}, diff=False), Sample((zeros,), {"axis": 0}, diff=False)]
+    return [*reductions(kinds="ibc")(), *(Sample((zeros,), {"axis": axis}, diff=False) for axis in (0, 1))]
 
 
 prod_ = register(Op(
-    "prod", _prod, attrs={"axis": None, "keepdims": False, "dtype": None}, shape=shape_of("prod"), dtype=_sum_rule,
-    axes=axes_of(""), vjp=(_prod_vjp,), keeps="x", samples=_prod_samples))
+    "prod", _prod, attrs={"axis": None, "keepdims": False, "dtype": None}, shape=shape_of("prod"),
+    dtype=_sum_rule, axes=axes_of(""), vjp=(_prod_vjp,), keeps="x", samples=_prod_samples))
 
 
 # --- extremes -----------------------------------------------------------------------------------------------
@@ -312,11 +318,13 @@ def _with_nan() -> list[Sample]:
 _EXTREMES = reductions(empty=False, distinct=True)
 
 max_ = register(Op(
-    "max", _max, attrs={"axis": None, "keepdims": False}, shape=shape_of_nonempty("max"), dtype=_same_rule("max"),
-    axes=axes_of("max"), vjp=(_extreme_vjp,), keeps="x out", samples=lambda: _EXTREMES() + _with_nan()))
+    "max", _max, attrs={"axis": None, "keepdims": False}, shape=shape_of_nonempty("max"),
+    dtype=_same_rule("max"), axes=axes_of("max"), vjp=(_extreme_vjp,), keeps="x out",
+    samples=lambda: _EXTREMES() + _with_nan()))
 min_ = register(Op(
-    "min", _min, attrs={"axis": None, "keepdims": False}, shape=shape_of_nonempty("min"), dtype=_same_rule("min"),
-    axes=axes_of("min"), vjp=(_extreme_vjp,), keeps="x out", samples=lambda: _EXTREMES() + _with_nan()))
+    "min", _min, attrs={"axis": None, "keepdims": False}, shape=shape_of_nonempty("min"),
+    dtype=_same_rule("min"), axes=axes_of("min"), vjp=(_extreme_vjp,), keeps="x out",
+    samples=lambda: _EXTREMES() + _with_nan()))
 
 
 def _position(name: str) -> Op:
@@ -365,7 +373,6 @@ all_ = register(Op(
     attrs={"axis": None, "keepdims": False}, shape=shape_of("all"), dtype=_bool_rule, axes=axes_of("min"),
     samples=_TRUTHS))
 count_nonzero = register(Op(
-    "count_nonzero",
-    lambda xp, x, axis, keepdims: (x != 0).sum(axis=normalize_axes(axis, x.ndim), dtype=np.int64, keepdims=keepdims),
+    "count_nonzero", lambda xp, x, axis, keepdims: _sum(xp, x != 0, axis, keepdims, None),
     attrs={"axis": None, "keepdims": False}, shape=shape_of("count_nonzero"),
     dtype=lambda x, **attrs: ((x,), (dtypes.int64,)), axes=axes_of("sum"), samples=_TRUTHS))

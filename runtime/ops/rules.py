@@ -1,8 +1,8 @@
 """What the pointwise rows share: dtype rules, samples, and how a unary or binary row is declared.
 
-An `elementwise` expression uses C operators that Python shares (+ - * / < <= > >= == != & | ^), numbers, the
-kernel's parameter names, and the functions of `EXPRESSION_FUNCTIONS`. `max` and `min` propagate NaN, `round` is
-half to even, `where(c, a, b)` is C's `c ? a : b`. Operands have the dtype of the row's dtype rule.
+An `elementwise` expression uses operators that C and Python share (+ - * / < <= > >= == != & | ^), numbers,
+the kernel's parameter names, and the functions of `EXPRESSION_FUNCTIONS`. `max` and `min` propagate NaN,
+`where(c, a, b)` is C's `c ? a : b`. Operands have the dtypes that the row's dtype rule gives them.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from meshtape.runtime.errors import DTypeError
 from meshtape.runtime.op import Op, Sample, broadcast_shapes, lookup, pointwise_axes, register
 
 EXPRESSION_FUNCTIONS = (
-    "max", "min", "abs", "sign", "where", "pow", "sqrt", "rsqrt", "exp", "expm1", "log", "log1p", "log2", "log10",
-    "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh", "asinh", "acosh", "atanh", "erf",
-    "floor", "ceil", "trunc", "round", "isfinite", "isinf", "isnan",
+    "max", "min", "abs", "sign", "where", "pow", "sqrt", "rsqrt", "exp", "expm1", "log", "log1p", "log2",
+    "log10", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh", "asinh", "acosh",
+    "atanh", "erf", "floor", "ceil", "trunc", "isfinite", "isinf", "isnan",
 )
 
 BOOL, INTEGER, FLOATING, COMPLEX = 0, 1, 2, 3
@@ -122,7 +122,10 @@ def pointwise(name: str, kernel: Callable[..., Any], dtype: Callable[[str], DTyp
 def unary(name: str, kernel: str | Callable[..., Any], dtype: Callable[[str], DTypeRule], *,
           slope: Callable[..., Any] | None = None, samples: Callable[[], list[Sample]] | None = None,
           **columns: Any) -> Op:
-    """Declare a pointwise row of one input. `slope(out, x, **attrs)` is its derivative; `kernel` may name a ufunc."""
+    """Declare a pointwise row of one input; `slope(out, x, **attrs)` is its derivative.
+
+    `kernel` may name a ufunc.
+    """
     if slope is not None:
         columns["vjp"] = (lambda g, out, x, **attrs: g * conjugate(slope(out, x, **attrs)),)
     run = ufunc(kernel, 1) if isinstance(kernel, str) else kernel
@@ -146,7 +149,10 @@ def binary(name: str, kernel: str | Callable[..., Any], dtype: Callable[[str], D
 
 def unary_samples(low: float = -2.0, high: float = 2.0, *, kinds: str = "fi", diff: bool = True,
                   **attrs: Any) -> Callable[[], list[Sample]]:
-    """Shapes that every unary row meets, with values in [low, high]; `kinds`: f floating, i integer, b bool, c complex."""
+    """Shapes that every unary row meets, with values in [low, high].
+
+    `kinds` has f for floating, i for integer, b for bool, c for complex.
+    """
     def make() -> list[Sample]:
         found = []
         if "f" in kinds:
@@ -159,14 +165,15 @@ def unary_samples(low: float = -2.0, high: float = 2.0, *, kinds: str = "fi", di
     return make
 
 
-def binary_samples(low: float = -2.0, high: float = 2.0, *, scalar: Any = 1.5, kinds: str = "fi", diff: bool = True,
+def binary_samples(low: float = -2.0, high: float = 2.0, *, kinds: str = "fi", diff: bool = True,
                    **attrs: Any) -> Callable[[], list[Sample]]:
     """Shapes that every binary row meets: equal, broadcast both ways, weak scalars, 0-d, empty."""
     def make() -> list[Sample]:
         found = []
         if "f" in kinds:
-            pairs = (((5, 3), (5, 3)), ((5, 3), (3,)), ((3, 1), (1, 4)), ((2, 1, 3), (4, 1)), ((7,), scalar),
-                     (scalar, (7,)), ((), (2,)), ((), ()), ((0, 3), (3,)), ((0,), scalar))
+            pairs: tuple[tuple[Any, Any], ...] = (
+                ((5, 3), (5, 3)), ((5, 3), (3,)), ((3, 1), (1, 4)), ((2, 1, 3), (4, 1)), ((7,), 1.5),
+                (1.5, (7,)), ((), (2,)), ((), ()), ((0, 3), (3,)), ((0,), 1.5))
             found += [Sample(pair, attrs, low=low, high=high, diff=diff) for pair in pairs]
         for letter, dtype in (("i", "int64"), ("i", "int32"), ("b", "bool"), ("c", "complex128")):
             if letter in kinds:

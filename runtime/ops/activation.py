@@ -1,0 +1,122 @@
+"""Rows of activation functions, with PyTorch's attributes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from meshtape.runtime import special
+from meshtape.runtime.op import Sample
+from meshtape.runtime.ops.pointwise import exp, greater, mul, tanh, where
+from meshtape.runtime.ops.rules import BOOL, COMPLEX, floated, promoted, unary, unary_samples
+
+
+def _sigmoid(xp: Any, x: Any) -> Any:
+    out = xp.exp(-x)
+    out += 1
+    return xp.reciprocal(out)
+
+
+sigmoid = unary("sigmoid", _sigmoid, floated(COMPLEX), elementwise="1 / (1 + exp(-x))", keeps="out",
+                slope=lambda out, x: out * (1 - out))
+
+relu = unary("relu", lambda xp, x, out=None: xp.maximum(x, 0, out=out), promoted(BOOL, COMPLEX),
+             elementwise="max(x, 0)", keeps="out", vjp=(lambda g, out, x: where(greater(out, 0), g, 0),))
+
+leaky_relu = unary(
+    "leaky_relu", lambda xp, x, negative_slope: xp.where(x > 0, x, x * negative_slope), floated(COMPLEX),
+    attrs={"negative_slope": 0.01}, elementwise="where(x > 0, x, x * negative_slope)", keeps="x",
+    vjp=(lambda g, out, x, negative_slope: where(greater(x, 0), g, g * negative_slope),),
+    samples=lambda: [*unary_samples()(), *unary_samples(kinds="f", negative_slope=0.3)()])
+
+
+def _silu_slope(out: Any, x: Any) -> Any:
+    s = sigmoid(x)
+    return s * (1 + x * (1 - s))
+
+
+silu = unary("silu", lambda xp, x: x * _sigmoid(xp, x), floated(COMPLEX), elementwise="x / (1 + exp(-x))",
+             keeps="x", slope=_silu_slope)
+
+
+def _softplus(xp: Any, x: Any, beta: float, threshold: float) -> Any:
+    """log(1 + exp(beta x)) / beta, and x where beta x > threshold, without overflow."""
+    z = x * beta
+    smooth = xp.maximum(z, 0) + xp.log1p(xp.exp(-xp.absolute(z)))
+    return xp.where(z > threshold, x, smooth / beta)
+
+
+def _softplus_vjp(g: Any, out: Any, x: Any, beta: float, threshold: float) -> Any:
+    z = x * beta
+    return where(greater(z, threshold), g, g * sigmoid(z))
+
+
+softplus = unary(
+    "softplus", _softplus, floated(COMPLEX), attrs={"beta": 1.0, "threshold": 20.0}, keeps="x",
+    elementwise="where(x * beta > threshold, x, (max(x * beta, 0) + log1p(exp(-abs(x * beta)))) / beta)",
+    vjp=(_softplus_vjp,),
+    samples=lambda: [*unary_samples()(), *unary_samples(-8, 8, kinds="f", beta=2.0, threshold=5.0)()])
+
+
+# --- GELU ---------------------------------------------------------------------------------------------------
+# approximate="none": x Phi(x) with the normal distribution Phi(x) = (1 + erf(x / sqrt 2)) / 2;
+# "tanh": x (1 + tanh(u)) / 2 with u = k (x + c x^3). Hendrycks and Gimpel, arXiv:1606.08415.
+
+_K, _C = math.sqrt(2 / math.pi), 0.044715
+
+
+def _gelu_rule(name: str) -> Callable[..., Any]:
+    def rule(x: Any, approximate: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        if approximate not in ("none", "tanh"):
+            raise ValueError(f'{name}: approximate is {approximate!r}; use "none" or "tanh"')
+        return floated(COMPLEX)(name)(x)
+    return rule
+
+
+def _cdf(xp: Any, x: Any, approximate: str) -> Any:
+    """The factor of x in GELU: Phi(x) or its approximation."""
+    if approximate == "tanh":
+        out = x * x
+        out *= _K * _C
+        out += _K
+        out *= x
+        out = xp.tanh(out)
+    else:
+        out = special.erf(xp, x * math.sqrt(0.5))
+    out += 1
+    out *= 0.5
+    return out
+
+
+def _gelu(xp: Any, x: Any, approximate: str) -> Any:
+    return x * _cdf(xp, x, approximate)
+
+
+def _gelu_slope(xp: Any, x: Any, approximate: str) -> Any:
+    """d GELU / dx: Phi(x) + x phi(x), or with p = (1 + tanh(u)) / 2, p + 2 x p (1 - p) du/dx."""
+    cdf = _cdf(xp, x, approximate)
+    if approximate == "tanh":
+        return cdf + 2 * x * cdf * (1 - cdf) * (_K * (1 + 3 * _C * x * x))
+    return cdf + x * xp.exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))
+
+
+def _gelu_curvature(out: Any, x: Any, approximate: str) -> Any:
+    """The second derivative of GELU: phi(x) (2 - x^2), or its counterpart with tanh."""
+    square = x * x
+    if approximate == "none":
+        return exp(square * -0.5) * (2 - square) * (1 / math.sqrt(2 * math.pi))
+    t = tanh(x * (_K + _K * _C * square))
+    du, steepness = _K * (1 + 3 * _C * square), 1 - t * t
+    return steepness * (du + x * (x * (3 * _K * _C) - t * du * du))
+
+
+def _gelu_samples() -> list[Sample]:
+    return [*unary_samples(approximate="none")(), *unary_samples(approximate="tanh")()]
+
+
+gelu = unary("gelu", _gelu, _gelu_rule, attrs={"approximate": "none"}, keeps="x", samples=_gelu_samples,
+             vjp=(lambda g, out, x, approximate: mul(g, gelu_slope(x, approximate=approximate)),))
+# One row, so that the backward of GELU is one pass.
+gelu_slope = unary("gelu_slope", _gelu_slope, _gelu_rule, attrs={"approximate": "none"}, keeps="x",
+                   slope=_gelu_curvature, samples=_gelu_samples)
