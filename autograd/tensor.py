@@ -311,12 +311,13 @@ def describe(t: Tensor) -> str:
 
 def _binary(name: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     op = lookup(name)
+    attrs = op.pack({})
 
     def forward(self: Tensor, other: Any) -> Any:
-        return Tensor._apply(op, (self, other))
+        return Tensor._apply(op, (self, other), attrs)
 
     def reflected(self: Tensor, other: Any) -> Any:
-        return Tensor._apply(op, (other, self))
+        return Tensor._apply(op, (other, self), attrs)
 
     return forward, reflected
 

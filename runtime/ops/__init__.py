@@ -1,4 +1,12 @@
 """The rows of the op table, by topic. Importing this package fills meshtape.runtime.op.TABLE."""
 
+from meshtape.runtime.ops import activation as activation
+from meshtape.runtime.ops import contraction as contraction
+from meshtape.runtime.ops import einsum as einsum
+from meshtape.runtime.ops import index as index
+from meshtape.runtime.ops import pad as pad
 from meshtape.runtime.ops import pointwise as pointwise
 from meshtape.runtime.ops import reduce as reduce
+from meshtape.runtime.ops import shape as shape
+from meshtape.runtime.ops import slices as slices
+from meshtape.runtime.ops import sort as sort
