@@ -4,6 +4,8 @@ from meshtape.runtime.ops import activation as activation
 from meshtape.runtime.ops import contraction as contraction
 from meshtape.runtime.ops import einsum as einsum
 from meshtape.runtime.ops import index as index
+from meshtape.runtime.ops import nn as nn
+from meshtape.runtime.ops import norm as norm
 from meshtape.runtime.ops import pad as pad
 from meshtape.runtime.ops import pointwise as pointwise
 from meshtape.runtime.ops import reduce as reduce
