@@ -111,6 +111,9 @@ class HostCommunicator(Communicator):
             hook(call, *args)
         except CommError as error:
             self._failure = self._failure or error
+            if type(error) is CommError:
+                # The ranks disagree on what they do. The others need not have seen it, and would wait.
+                self.abort(str(error))
             raise
         except BaseException as error:
             # The peers are in the middle of this verb and would wait for their whole timeout.
@@ -127,8 +130,6 @@ class HostCommunicator(Communicator):
         if not x.flags.c_contiguous:
             raise ShapeError(f"{verb}: an array of shape {x.shape} with strides {x.strides} is not "
                              "C-contiguous; pass np.ascontiguousarray(x)")
-        if x.dtype.hasobject:
-            raise DTypeError(f"{verb}: {x.dtype} arrays hold Python objects; use a dtype of numbers")
         if op not in UFUNCS:
             raise ShapeError(f"{verb}: unknown reduction {op!r}; use one of {', '.join(UFUNCS)}")
 

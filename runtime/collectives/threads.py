@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from meshtape.runtime.collectives.call import describe, mismatch
+from meshtape.runtime.collectives.call import describe, mismatch, uneven
 from meshtape.runtime.collectives.host import HostCommunicator, SelfCommunicator
 from meshtape.runtime.collectives.reduction import HostArray, chunks, reduce_into, starts
 from meshtape.runtime.errors import CommAborted, CommError, CommTimeout, PeerLost, ShapeError
@@ -214,8 +214,7 @@ class ThreadCommunicator(HostCommunicator):
         for peer, (chunk, entry) in enumerate(zip(chunks(out, recv), brought, strict=True)):
             start, count = int(entry.beside[:self.rank].sum()), int(entry.beside[self.rank])
             if count != chunk.size:
-                raise CommError(f"all_to_all: rank {peer} sends {count} elements to rank {self.rank}, which "
-                                f"expects {chunk.size}; make send_counts and recv_counts agree")
+                raise uneven(self.rank, chunk.size, peer, count)
             np.copyto(chunk, entry.x[start:start + count])
         self._give_back(call, brought)
 
