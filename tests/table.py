@@ -25,7 +25,7 @@ TOLERANCE = {"float64": 1e-10, "complex128": 1e-10, "float32": 2e-5, "complex64"
 # --- samples ------------------------------------------------------------------------------------------------
 
 def make_inputs(sample: Sample, rng: np.random.Generator) -> list[Any]:
-    """Fresh inputs of a sample: an array for every shape, a copy of every array, Python scalars as they are."""
+    """Fresh inputs of a sample: an array for a shape, a copy of an array, a Python scalar as it is."""
     return [random_array(x, sample, rng) if isinstance(x, tuple) else
             x.copy() if isinstance(x, np.ndarray) else x for x in sample.inputs]
 
@@ -52,8 +52,9 @@ def samples(op: Op) -> list[Sample]:
 
 def in_float32(sample: Sample) -> Sample:
     """The same case in float32, its given arrays included."""
-    return replace(sample, dtype="float32", inputs=tuple(
-        x.astype(np.float32) if isinstance(x, np.ndarray) and x.dtype == np.float64 else x for x in sample.inputs))
+    inputs = tuple(x.astype(np.float32) if isinstance(x, np.ndarray) and x.dtype == np.float64 else x
+                   for x in sample.inputs)
+    return replace(sample, dtype="float32", inputs=inputs)
 
 
 def shapes_of(inputs: Sequence[Any]) -> list[tuple[int, ...]]:
@@ -131,8 +132,9 @@ def letter_ways(case: Case) -> Iterator[Way]:
 def linear_ways(case: Case) -> Iterator[Way]:
     """Every set of inputs through which Partial("sum") passes. Booleans are never Partial("sum")."""
     n = len(case.inputs)
+    eligible = {i for i, x in enumerate(case.inputs) if isinstance(x, np.ndarray) and x.dtype != bool}
     for group in [tuple(range(n))] if case.op.linear == "joint" else case.op.linear:
-        if all(i < n and isinstance(case.inputs[i], np.ndarray) and case.inputs[i].dtype != bool for i in group):
+        if eligible.issuperset(group):
             yield Way(f"linear{group}", tuple("sum" if i in group else REPLICATE for i in range(n)),
                       ("sum",) * len(case.out_shapes))
 
@@ -140,8 +142,9 @@ def linear_ways(case: Case) -> Iterator[Way]:
 def axes_of(case: Case) -> Axes:
     assert case.op.axes is not None
     axes = case.op.axes(*shapes_of(case.inputs), **case.attrs)
-    for text, shape in [*zip(axes.ins, shapes_of(case.inputs), strict=True),
-                        *zip(axes.outs, case.out_shapes, strict=True)]:
+    given = [*shapes_of(case.inputs), *case.out_shapes]
+    assert len(axes.ins) == len(case.inputs) and len(axes.outs) == len(case.out_shapes), (case.op.name, axes)
+    for text, shape in zip((*axes.ins, *axes.outs), given, strict=True):
         assert len(text) == len(shape), f"{case.op.name}: letters {text!r} for a tensor of shape {shape}"
     return axes
 
@@ -178,7 +181,7 @@ def run_split(case: Case, mesh: tuple[int, ...], ways: Sequence[Way], rng: np.ra
         in_pieces = [None if a is None else piece(a[coord].shape, p, mesh, coord)
                      for a, p in zip(parts, ins, strict=True)]
         out_pieces = [piece(s, p, mesh, coord) for s, p in zip(case.out_shapes, outs, strict=True)]
-        local = [x if a is None or p is None else a[coord][p.slices]
+        local = [x if a is None or p is None else np.asarray(a[coord][p.slices])
                  for x, a, p in zip(case.inputs, parts, in_pieces, strict=True)]
         results = call(case.op, case.attrs, local, IO(tuple(in_pieces), tuple(out_pieces)))
         for total, value, p, placements in zip(whole, results, out_pieces, outs, strict=True):
@@ -201,7 +204,8 @@ def addends(x: np.ndarray[Any, Any], placements: Placements, mesh: tuple[int, ..
     rest, last = x, tuple(n - 1 if q else 0 for n, q in zip(mesh, partial, strict=True))
     for key in itertools.product(*(range(n if q else 1) for n, q in zip(mesh, partial, strict=True))):
         found[key] = rest if key == last else random_addend(rest, rng)
-        rest = rest - found[key] if key != last else rest
+        found[key].flags.writeable = False
+        rest = rest if key == last else np.asarray(rest - found[key])
     return {coord: found[tuple(c if q else 0 for c, q in zip(coord, partial, strict=True))]
             for coord in itertools.product(*(range(n) for n in mesh))}
 
@@ -231,7 +235,11 @@ def check_layouts(op: Op, sample: Sample, seed: int = 0) -> int:
     count = 0
     for mesh, ways in layouts(case):
         names = " x ".join(way.name for way in ways)
-        assert_same(run_split(case, mesh, ways, rng), wanted,
-                    f"{op.name}{shapes_of(case.inputs)} {case.attrs} split by {names} over {mesh}")
+        what = f"{op.name}{shapes_of(case.inputs)} {case.attrs} split by {names} over {mesh}"
+        try:
+            got = run_split(case, mesh, ways, rng)
+        except Exception as error:
+            raise AssertionError(f"{what}: a worker raises {type(error).__name__}: {error}") from error
+        assert_same(got, wanted, what)
         count += 1
     return count

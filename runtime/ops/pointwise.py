@@ -289,7 +289,8 @@ clip = pointwise(
     elementwise="min(max(x, lo), hi)", keeps="x lo hi", vjp=(_clip_by_x, _clip_by_lo, _clip_by_hi),
     samples=lambda: [
         Sample(((5, 3), -1.0, 0.5)), Sample(((5, 3), (3,), (5, 1))), Sample(((4, 2), -0.5, (2,))),
-        Sample(((), -1.0, 1.0)), Sample(((0, 2), -1.0, 1.0)), Sample(((7,), 0, 1), dtype="int64", diff=False)])
+        Sample(((), -1.0, 1.0)), Sample(((0, 2), -1.0, 1.0)),
+        Sample(((7,), 0, 1), dtype="int64", diff=False)])
 
 
 # --- casts --------------------------------------------------------------------------------------------------

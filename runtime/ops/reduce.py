@@ -307,7 +307,7 @@ def _extreme_vjp(g: Any, out: Any, x: Any, axis: Axis, keepdims: bool) -> Any:
     wide = {"shape": tuple(x.shape), "axis": axis, "keepdims": keepdims}
     hit = equal(x, broadcast_reduced(out, **wide))
     ties = sum_(hit, axis=axis, keepdims=keepdims)
-    return where(hit, broadcast_reduced(g / ties, **wide), 0)
+    return broadcast_reduced(g / ties, **wide) * hit
 
 
 def _with_nan() -> list[Sample]:
