@@ -1,0 +1,214 @@
+"""Optimizer updates: one instruction for all parameters of a model.
+
+Inputs are the hyperparameters as Python scalars (so that a schedule changes no program), then n parameters, n
+gradients and n of each state; outputs are n new parameters and n of each new state. Nothing is updated in place.
+Every tensor has its own letters, which a parameter shares with its gradient and its states: n_out is -1, so each
+parameter is updated where its shards lie, whatever the layouts of the others. The arithmetic is that of torch.optim's single-tensor functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import sqrt
+from typing import Any
+
+import numpy as np
+
+from meshtape.runtime import dtypes
+from meshtape.runtime.errors import DTypeError, ShapeError
+from meshtape.runtime.op import REQUIRED, Axes, Op, Sample, register
+from meshtape.runtime.ops.contraction import widen
+from meshtape.runtime.ops.nn import CACHED
+from meshtape.runtime.ops.reduce import accumulator
+from meshtape.runtime.shards import Shape
+
+
+def flat_blocks(xp: Any, size: int) -> Iterator[slice]:
+    """Runs of elements that several passes go over while they are in cache; all at once on a device."""
+    step = CACHED if xp is np else max(1, size)
+    return (slice(at, at + step) for at in range(0, size, step))
+
+
+def own_letters(shapes: Sequence[Shape], n: int) -> tuple[str, ...]:
+    """Letters of tensors of which every n-th has the same: unlike an alphabet, they do not run out."""
+    found, code = [], 0x100
+    for shape in shapes[:n]:
+        found.append("".join(chr(code + d) for d in range(len(shape))))
+        code += len(shape)
+    return tuple(found[k % n] for k in range(len(shapes)))
+
+
+# --- rules that the updates share -----------------------------------------------------------------------
+
+def _columns(name: str, scalars: int, states: Callable[..., int]) -> dict[str, Any]:
+    """Shape, dtype and axes rules of an update with so many scalars; `states(**attrs)` per parameter."""
+    def shape(*shapes: Shape, n: int, **attrs: Any) -> list[Shape]:
+        tensors, groups = shapes[scalars:], 2 + states(**attrs)
+        if len(tensors) != groups * n:
+            raise ShapeError(f"{name}: needs {groups} tensors for each of {n} parameters, got {len(tensors)}")
+        for k, found in enumerate(tensors):
+            if found != tensors[k % n]:
+                raise ShapeError(f"{name}: parameter {k % n} has shape {tensors[k % n]}, but its gradient or state "
+                                 f"has {found}")
+        return [*tensors[:n], *tensors[2 * n:]]
+
+    def dtype(*given: Any, n: int, **attrs: Any) -> tuple[list[Any], list[Any]]:
+        tensors = given[scalars:]
+        for d in tensors[:n]:
+            if not dtypes.is_floating(d):
+                raise DTypeError(f"{name}: parameters must be floating, got {d}")
+        met = [tensors[k % n] for k in range(len(tensors))]
+        return [*given[:scalars], *met], [*met[:n], *met[2 * n:]]
+
+    def axes(*shapes: Shape, n: int, **attrs: Any) -> Axes:
+        named = own_letters(shapes[scalars:], n)
+        return Axes(("",) * scalars + named, (*named[:n], *named[2 * n:]), combine="")
+
+    return {"shape": shape, "dtype": dtype, "axes": axes, "n_out": -1}
+
+
+def _update_all(xp: Any, tensors: Sequence[Any], n: int, groups: int,
+                update: Callable[[list[Any], list[Any]], None]) -> list[Any]:
+    """Call `update(new, old)` on cache-sized flat blocks of every parameter and what belongs to it.
+
+    `old` is [parameter, gradient, *states], `new` is [parameter, *states]; they may share memory.
+    """
+    results: list[list[Any]] = [[] for _ in range(groups - 1)]
+    for k in range(n):
+        old = [widen(tensors[k + i * n]).reshape(-1) for i in range(groups)]
+        new = [xp.empty(old[0].shape, old[0].dtype) for _ in range(groups - 1)]
+        for block in flat_blocks(xp, old[0].size):
+            update([a[block] for a in new], [a[block] for a in old])
+        for column, a in zip(results, new, strict=True):
+            column.append(a.reshape(tensors[k].shape).astype(tensors[k].dtype, copy=False))
+    return [a for column in results for a in column]
+
+
+# --- SGD --------------------------------------------------------------------------------------------
+
+def _sgd(xp: Any, lr: float, momentum: float, dampening: float, weight_decay: float, *tensors: Any, n: int,
+         nesterov: bool, maximize: bool, has_momentum: bool) -> list[Any]:
+    """On the first step torch's buffer is the gradient itself: a buffer of zeros and a dampening of 0."""
+    def update(new: list[Any], old: list[Any]) -> None:
+        p, g = old[:2]
+        out = new[0]
+        if maximize:
+            g = -g
+        if weight_decay:
+            xp.multiply(p, weight_decay, out=out)
+            g = xp.add(g, out, out=g if maximize else None)
+        if has_momentum:
+            buffer = xp.multiply(old[2], momentum, out=new[1])
+            buffer += g if not dampening else g * (1 - dampening)
+            g = g + buffer * momentum if nesterov else buffer
+        step = g * -lr
+        xp.add(p, step, out=out)
+
+    return _update_all(xp, tensors, n, 3 if has_momentum else 2, update)
+
+
+sgd_update = register(Op(
+    "sgd_update", kernel=_sgd,
+    attrs={"n": REQUIRED, "nesterov": False, "maximize": False, "has_momentum": False},
+    **_columns("sgd_update", 4, lambda has_momentum, **attrs: int(has_momentum)),
+    samples=lambda: [
+        Sample((0.1, 0.9, 0.1, 0.01, (5, 3), (4,), (5, 3), (4,), (5, 3), (4,)), {"n": 2, "has_momentum": True}, diff=False),
+        Sample((0.1, 0.9, 0.0, 0.0, (), (7,), (), (7,), (), (7,)),
+               {"n": 2, "has_momentum": True, "nesterov": True, "maximize": True}, diff=False),
+        Sample((0.1, 0.9, 0.0, 0.1, (5, 3), (5, 3), (5, 3)), {"n": 1, "has_momentum": True}, diff=False),
+        Sample((0.1, 0.0, 0.0, 0.1, (0, 3), (1, 3), (0, 3), (1, 3)), {"n": 2, "maximize": True}, diff=False)]))
+
+
+# --- Adam and AdamW ---------------------------------------------------------------------------------
+
+def _adam(xp: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, *tensors: Any,
+          n: int, decoupled: bool, amsgrad: bool, maximize: bool) -> list[Any]:
+    """`step` counts from 1. With c = sqrt(1 - beta2**step), the update lr / (1 - beta1**step) * m / (sqrt(v) / c + eps)
+    is computed as (lr * c / (1 - beta1**step)) * m / (sqrt(v) + eps * c): one pass less."""
+    correction = sqrt(1 - beta2**step)
+    rate, floor = lr * correction / (1 - beta1**step), eps * correction
+    scratch: dict[Any, Any] = {}
+
+    def update(new: list[Any], old: list[Any]) -> None:
+        p, g, m, v = old[:4]
+        out, new_m, new_v = new[:3]
+        t = _scratch(xp, scratch, p)
+        if maximize:
+            g = -g
+        if weight_decay and decoupled:
+            p = xp.multiply(p, 1 - lr * weight_decay, out=out)
+        elif weight_decay:
+            xp.multiply(p, weight_decay, out=t)
+            g = g + t
+        xp.subtract(g, m, out=t)
+        t *= 1 - beta1
+        xp.add(m, t, out=new_m)
+        xp.multiply(g, g, out=t)
+        t *= 1 - beta2
+        xp.multiply(v, beta2, out=new_v)
+        new_v += t
+        xp.sqrt(xp.maximum(old[4], new_v, out=new[3]) if amsgrad else new_v, out=t)
+        t += floor
+        xp.divide(new_m, t, out=t)
+        t *= rate
+        xp.subtract(p, t, out=out)
+
+    return _update_all(xp, tensors, n, 5 if amsgrad else 4, update)
+
+
+def _scratch(xp: Any, kept: dict[Any, Any], like: Any) -> Any:
+    """A reused temporary of the shape and dtype of a flat block."""
+    key = like.dtype, like.size
+    if key not in kept:
+        kept[key] = xp.empty(like.shape, like.dtype)
+    return kept[key]
+
+
+def _adam_samples() -> list[Sample]:
+    several: list[Shape] = [(5, 3), (4,), (), (0, 2)]
+    found = []
+    for k, flags in enumerate([{}, {"decoupled": True}, {"amsgrad": True}, {"decoupled": True, "maximize": True}]):
+        for shapes in (several, several[:1]):
+            rng = np.random.default_rng(k)
+            squares = [np.asarray(rng.uniform(0, 1, s)) for s in shapes]
+            inputs = (*shapes, *shapes, *shapes, *squares, *(squares if "amsgrad" in flags else ()))
+            found.append(Sample((1e-2, 0.9, 0.99, 1e-8, 0.1, 3, *inputs), {"n": len(shapes), **flags}, diff=False))
+    return found
+
+
+adam_update = register(Op(
+    "adam_update", kernel=_adam,
+    attrs={"n": REQUIRED, "decoupled": False, "amsgrad": False, "maximize": False},
+    **_columns("adam_update", 6, lambda amsgrad, **attrs: 3 if amsgrad else 2), samples=_adam_samples))
+
+
+# --- clipping ---------------------------------------------------------------------------------------
+
+def _sum_of_squares(xp: Any, *tensors: Any) -> Any:
+    total = xp.zeros((), accumulator(tensors[0].dtype))
+    for t in tensors:
+        flat = widen(t).reshape(-1)
+        total = total + xp.dot(flat, flat)
+    return total
+
+
+def _squares_dtype(*given: Any) -> tuple[list[Any], list[Any]]:
+    for d in given:
+        if not dtypes.is_floating(d):
+            raise DTypeError(f"sum_of_squares: takes floating tensors, got {d}; cast them with astype first")
+    met = dtypes.promote(*given)
+    return list(given), [accumulator(met)]
+
+
+def _squares_axes(*shapes: Shape) -> Axes:
+    """One tensor may be split, and gives Partial sums. Several are whole: a worker cannot tell which of them the
+    others count as well."""
+    return Axes(own_letters(shapes, len(shapes)), ("",), combine="sum" if len(shapes) == 1 else "")
+
+
+# The squared 2-norm of all tensors together, for clipping gradients by their norm. The square of a sum is not the
+# sum of squares, so a Partial input is reduced first. Sharded tensors are best given one by one.
+sum_of_squares = register(Op(
+    "sum_of_squares", kernel=_sum_of_squares, shape=lambda *shapes: [()], dtype=_squares_dtype, axes=_squares_axes,
+    samples=lambda: [Sample(((5, 3), (4,), ()), diff=False), Sample(((5, 3),), diff=False),
+                     Sample(((0, 3), (1,)), diff=False)]))
