@@ -33,9 +33,9 @@ AnyDType = Any
 
 
 def canonical(dtype: AnyDType) -> np.dtype[Any]:
-    """The np.dtype that `dtype` (a name, a NumPy type, bool/int/float, bfloat16) stands for.
+    """The one np.dtype object that `dtype` (a name, a NumPy type, bool/int/float, bfloat16) stands for.
 
-    Raises DTypeError for what no worker can hold.
+    Raises DTypeError for what no worker can hold, None among it (NumPy would take it for float64).
     """
     if dtype is float:
         return DEFAULT_FLOAT
@@ -46,12 +46,12 @@ def canonical(dtype: AnyDType) -> np.dtype[Any]:
     if isinstance(dtype, str) and dtype == "bfloat16":
         return bfloat16()
     try:
-        found = np.dtype(dtype)
+        name = "" if dtype is None else np.dtype(dtype).name
     except TypeError:
-        found = None
-    if found is None or (found.name not in NAMES and found.name != "bfloat16"):
+        name = ""
+    if name not in NAMES and name != "bfloat16":
         raise DTypeError(f"dtype {dtype!r} is unknown; use one of {', '.join(NAMES)}, bfloat16")
-    return found.newbyteorder("=")
+    return bfloat16() if name == "bfloat16" else NAMES[name]
 
 
 @lru_cache(maxsize=1)

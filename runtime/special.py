@@ -35,7 +35,7 @@ def erf(xp: Any, x: Any) -> Any:
     Relative error: below 1e-15 in float64 and 5e-7 in float32; float16 and bfloat16 are computed in float32.
     """
     if xp.__name__ == "cupy":
-        from cupyx.scipy.special import erf as device_erf
+        from cupyx.scipy.special import erf as device_erf  # type: ignore[import-not-found]
         return device_erf(x)
     if x.dtype == np.float64:
         return _blockwise(x, _erf64)
@@ -64,8 +64,8 @@ def _erf32(x: Any) -> Any:
     x = np.clip(x, -4.0, 4.0)
     square = x * x
     top = _polynomial(_A, square)
-    top *= x
     top /= _polynomial(_B, square)
+    top *= x
     return np.clip(top, -1.0, 1.0, out=top)
 
 
@@ -74,8 +74,8 @@ def _erf64(x: Any) -> Any:
     inner = np.minimum(size, 1.0)
     square = inner * inner
     out = _polynomial(_T, square)
-    out *= inner
     out /= _polynomial(_U, square)
+    out *= inner
     large = size > 1.0
     if large.any():
         tail = np.minimum(size[large], 6.0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from meshtape.runtime import special
-from meshtape.runtime.op import Sample
+from meshtape.runtime.op import Op, Sample
 from meshtape.runtime.ops.pointwise import exp, greater, mul, tanh, where
 from meshtape.runtime.ops.rules import BOOL, COMPLEX, floated, promoted, unary, unary_samples
 
@@ -118,5 +118,5 @@ def _gelu_samples() -> list[Sample]:
 gelu = unary("gelu", _gelu, _gelu_rule, attrs={"approximate": "none"}, keeps="x", samples=_gelu_samples,
              vjp=(lambda g, out, x, approximate: mul(g, gelu_slope(x, approximate=approximate)),))
 # One row, so that the backward of GELU is one pass.
-gelu_slope = unary("gelu_slope", _gelu_slope, _gelu_rule, attrs={"approximate": "none"}, keeps="x",
+gelu_slope: Op = unary("gelu_slope", _gelu_slope, _gelu_rule, attrs={"approximate": "none"}, keeps="x",
                    slope=_gelu_curvature, samples=_gelu_samples)

@@ -9,7 +9,7 @@ import numpy as np
 
 from meshtape.runtime import dtypes, special
 from meshtape.runtime.errors import DTypeError
-from meshtape.runtime.op import REQUIRED, Sample
+from meshtape.runtime.op import REQUIRED, Op, Sample
 from meshtape.runtime.ops.rules import (
     BOOL,
     COMPLEX,
@@ -104,7 +104,7 @@ positive = unary("positive", "positive", promoted(BOOL), elementwise="x", linear
                  vjp=(lambda g, out, x: g,), samples=unary_samples(kinds="fic"))
 abs_ = unary("abs", "absolute", real_part(BOOL), elementwise="abs(x)", keeps="x",
              vjp=(lambda g, out, x: g * sign(x),), samples=unary_samples(kinds="fic"))
-sign = unary("sign", "sign", promoted(BOOL), elementwise="sign(x)", vjp=(no_slope,))
+sign: Op = unary("sign", "sign", promoted(BOOL), elementwise="sign(x)", vjp=(no_slope,))
 square = unary("square", "square", promoted(BOOL), elementwise="x * x", keeps="x", slope=lambda out, x: x * 2,
                samples=unary_samples(kinds="fic"))
 reciprocal = unary("reciprocal", "reciprocal", floated(), elementwise="1 / x", keeps="out",
@@ -135,7 +135,7 @@ rsqrt = unary("rsqrt", lambda xp, x: 1 / xp.sqrt(x), floated(), elementwise="rsq
               slope=lambda out, x: out * out * out * -0.5, samples=unary_samples(0.3, 3.0))
 
 sin = unary("sin", "sin", floated(), elementwise="sin(x)", keeps="x", slope=lambda out, x: cos(x))
-cos = unary("cos", "cos", floated(), elementwise="cos(x)", keeps="x", slope=lambda out, x: -sin(x))
+cos: Op = unary("cos", "cos", floated(), elementwise="cos(x)", keeps="x", slope=lambda out, x: -sin(x))
 tan = unary("tan", "tan", floated(), elementwise="tan(x)", keeps="out", slope=lambda out, x: out * out + 1,
             samples=unary_samples(-1.2, 1.2))
 asin = unary("asin", "arcsin", floated(), elementwise="asin(x)", keeps="x",
@@ -145,7 +145,7 @@ acos = unary("acos", "arccos", floated(), elementwise="acos(x)", keeps="x",
 atan = unary("atan", "arctan", floated(), elementwise="atan(x)", keeps="x",
              slope=lambda out, x: reciprocal(x * x + 1))
 sinh = unary("sinh", "sinh", floated(), elementwise="sinh(x)", keeps="x", slope=lambda out, x: cosh(x))
-cosh = unary("cosh", "cosh", floated(), elementwise="cosh(x)", keeps="x", slope=lambda out, x: sinh(x))
+cosh: Op = unary("cosh", "cosh", floated(), elementwise="cosh(x)", keeps="x", slope=lambda out, x: sinh(x))
 tanh = unary("tanh", "tanh", floated(), elementwise="tanh(x)", keeps="out",
              slope=lambda out, x: 1 - out * out)
 asinh = unary("asinh", "arcsinh", floated(), elementwise="asinh(x)", keeps="x",
@@ -240,7 +240,7 @@ def _where_samples() -> list[Sample]:
             Sample((c, (4, 3), (3,)), dtype="int64", diff=False)]
 
 
-where = pointwise(
+where: Op = pointwise(
     "where", lambda xp, c, x, y: xp.where(c, x, y), _where_rule, elementwise="where(c, x, y)",
     linear=((1, 2),), keeps="c", samples=_where_samples,
     vjp=(None, lambda g, out, c, x, y: unbroadcast(where(c, g, 0), x),

@@ -1,0 +1,40 @@
+"""erf against the standard library's, element by element."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from meshtape.runtime.special import erf
+
+POINTS = np.concatenate([np.linspace(-7, 7, 20001), np.logspace(-300, 0, 2001), -np.logspace(-20, 1, 501)])
+
+
+def reference(x: np.ndarray) -> np.ndarray:
+    return np.array([math.erf(v) for v in x.ravel().tolist()]).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("dtype", "relative"), [("float64", 1e-15), ("float32", 5e-7), ("float16", 1e-3)])
+def test_erf_is_accurate_relative_to_its_value(dtype: str, relative: float) -> None:
+    x = POINTS.astype(dtype)
+    x = x[(x != 0) & (np.abs(x.astype(np.float64)) >= np.finfo(dtype).tiny)]
+    found, wanted = erf(np, x).astype(np.float64), reference(x.astype(np.float64))
+    assert erf(np, x).dtype == dtype
+    assert np.max(np.abs(found - wanted) / np.abs(wanted)) < relative
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16"])
+def test_erf_at_the_ends(dtype: str) -> None:
+    found = erf(np, np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 30.0, -30.0], dtype))
+    np.testing.assert_array_equal(found, np.array([0.0, -0.0, 1.0, -1.0, np.nan, 1.0, -1.0], dtype))
+    assert np.signbit(found[1])
+    assert np.max(np.abs(erf(np, POINTS.astype(dtype)))) <= 1
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (70, 501), (16384,), (16385,)])
+def test_erf_keeps_the_shape_across_blocks_and_strides(shape: tuple[int, ...]) -> None:
+    x = np.random.default_rng(0).normal(size=shape)
+    np.testing.assert_allclose(erf(np, x), reference(x), rtol=1e-15)
+    np.testing.assert_allclose(erf(np, x.T), reference(x.T), rtol=1e-15)
