@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -22,7 +22,7 @@ from meshtape.runtime.worker import Worker
 
 HERE = "this process"
 # How long close() waits for a thread that is inside a kernel; it is a daemon thread, so the process can end.
-JOIN_SECONDS = 10.0
+JOIN_SECONDS = 5.0
 
 
 class InlineMesh(Mesh):
@@ -63,7 +63,7 @@ class ThreadMesh(Mesh):
 
     kind = "threads"
 
-    def __init__(self, workers: int, mesh: dict[str, int] | None = None, timeout: float = 300.0,
+    def __init__(self, workers: int, mesh: Mapping[str, int] | None = None, timeout: float = 300.0,
                  worker: Callable[..., Any] = Worker) -> None:
         names, shape = mesh_axes(workers, mesh)
         super().__init__(names, shape, [HERE] * workers, ["cpu"] * workers)

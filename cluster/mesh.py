@@ -46,6 +46,11 @@ class Mesh(ABC):
         kind = {"inline": "self", "threads": "threads"}.get(self.kind, "shm")
         return [kind for _ in self.shape]
 
+    @property
+    def closed(self) -> bool:
+        """True after close(), or after a worker was lost."""
+        return bool(self._closed_because)
+
     @abstractmethod
     def send(self, runs: Sequence[Run]) -> None:
         """Send runs[r] to rank r and return without waiting for results.

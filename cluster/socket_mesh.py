@@ -1,0 +1,114 @@
+"""The mesh of worker processes that the driver reaches over control channels."""
+
+from __future__ import annotations
+
+import select
+import time
+from collections.abc import Sequence
+
+from meshtape.cluster import wire
+from meshtape.cluster.channel import Channel
+from meshtape.cluster.health import BEAT_SECONDS
+from meshtape.cluster.process_mesh import Place, Processes, ProcessMesh
+from meshtape.cluster.wire import Message
+from meshtape.runtime.errors import MeshError
+from meshtape.runtime.protocol import Run
+
+CLOSED = "connection closed"
+
+
+class SocketMesh(ProcessMesh):
+    """One channel per rank."""
+
+    def __init__(self, kind: str, names: tuple[str, ...], shape: tuple[int, ...], places: Sequence[Place],
+                 channels: Sequence[Channel], processes: Processes, heartbeat_timeout: float = 4.0) -> None:
+        super().__init__(kind, names, shape, places, processes, heartbeat_timeout)
+        self._channels = list(channels)
+        self._ready = 0
+        self._rank_of = {channel.fileno(): rank for rank, channel in enumerate(channels)}
+        self._poller = select.poll()
+        for channel in channels:
+            self._poller.register(channel.fileno(), select.POLLIN)
+
+    def wait_until_ready(self, timeout: float) -> None:
+        """Return when every worker has joined its collectives; MeshError after `timeout` seconds."""
+        deadline = time.monotonic() + timeout
+        while self._ready < self.size:
+            if time.monotonic() > deadline:
+                self.close()
+                raise MeshError(f"{self.size - self._ready} of {self.size} workers did not get ready within "
+                                f"{timeout:g} s; they may be unable to reach each other over the network")
+            self._pump(BEAT_SECONDS)
+
+    def send(self, runs: Sequence[Run]) -> None:
+        self._check_open()
+        frames = wire.run_frames(runs)
+        try:
+            for rank, (channel, buffers) in enumerate(zip(self._channels, frames, strict=True)):
+                try:
+                    channel.put(buffers)
+                except OSError:
+                    self._lose(rank, CLOSED)
+        except KeyboardInterrupt:
+            self._shut("a message was interrupted half-way")
+            raise
+        while any(channel.unsent for channel in self._channels):
+            self._pump(BEAT_SECONDS)
+
+    def _pump(self, timeout: float) -> None:
+        for channel in self._channels:
+            if channel.unsent:
+                self._poller.modify(channel.fileno(), select.POLLIN | select.POLLOUT)
+        self._pulse.look()
+        events = self._poller.poll(timeout * 1000)
+        now = self._pulse.look(timeout)
+        try:
+            for fd, event in events:
+                rank = self._rank_of[fd]
+                trouble = self._exchange(self._channels[rank], rank, event, now)
+                if trouble:
+                    self._lose(rank, trouble)
+        except KeyboardInterrupt:
+            self._shut("a message was interrupted half-way")
+            raise
+        self._judge(now)
+
+    def _exchange(self, channel: Channel, rank: int, event: int, now: float) -> str:
+        """Read from and write to a channel that is ready; what is wrong with it, or ""."""
+        try:
+            if event & select.POLLOUT:
+                channel.flush()
+                if not channel.unsent:
+                    self._poller.modify(channel.fileno(), select.POLLIN)
+            if event & ~select.POLLOUT:
+                more = channel.fill()
+                self._pulse.heard(rank, now)
+                while channel.messages:
+                    trouble = self._take(channel.messages.popleft())
+                    if trouble:
+                        return trouble
+                return "" if more else CLOSED
+        except BlockingIOError:
+            return ""           # the kernel's readiness was a false report
+        except OSError:
+            return CLOSED
+        except MeshError as error:
+            return str(error)   # what arrived is no message
+        return ""
+
+    def _take(self, message: Message) -> str:
+        """Act on a message; what is wrong with the worker that sent it, or ""."""
+        match message.kind:
+            case wire.REPLY:
+                self._replies.append(wire.reply_of(message))
+            case wire.READY:
+                self._ready += 1
+            case wire.BROKEN:
+                return str(message.head)
+            case kind:
+                return f"it sent a message of kind {kind}, which only a driver sends"
+        return ""
+
+    def _hang_up(self) -> None:
+        for channel in self._channels:
+            channel.close()
