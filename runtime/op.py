@@ -11,7 +11,8 @@ dtype        `(*dtypes, **attrs) -> (input dtypes, output dtypes)`: what the inp
              comes out; raises DTypeError. A weak Python scalar is stood for by its type and is never cast.
 axes         `(*shapes, **attrs) -> Axes`, or a string like "mk,kn->mn": how dimensions move together
 linear       sets of inputs through which Partial("sum") may pass: if exactly the inputs of one set are Partial
-             and the others replicated, the output is Partial. `((0, 1),)` add, `((0,), (1,))` mul.
+             and the others replicated, the output is Partial. `((0, 1),)` add, `((0,), (1,))` mul; "joint" is
+             the set of all inputs, however many there are.
 local        `(attrs, io) -> attrs` as one worker sees them; default: unchanged
 elementwise  the expression the fuser may inline, in terms of the kernel's parameter names
 vjp          one function `(g, out, *inputs, **attrs) -> tensor | None` per input (None: no derivative), or a
@@ -27,7 +28,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from meshtape.runtime.errors import MeshtapeError, ShapeError
 from meshtape.runtime.shards import Piece, Shape
@@ -86,7 +87,7 @@ class Op:
     dtype: Callable[..., tuple[Sequence[Any], Sequence[Any]]]
     axes: Callable[..., Axes] | None = None
     attrs: dict[str, Any] = field(default_factory=dict)
-    linear: tuple[tuple[int, ...], ...] = ()
+    linear: tuple[tuple[int, ...], ...] | Literal["joint"] = ()
     local: Callable[[dict[str, Any], IO], dict[str, Any]] | None = None
     elementwise: str | None = None
     vjp: tuple[Callable[..., Any] | None, ...] | Callable[..., Any] | None = None
@@ -97,6 +98,8 @@ class Op:
     kept_inputs: tuple[int, ...] = field(default=(), init=False)
     kept_outputs: tuple[int, ...] = field(default=(), init=False)
     variadic: bool = field(default=False, init=False)
+    plain: tuple[Any, ...] | None = field(default=None, init=False)
+    packed: dict[Any, tuple[Any, ...]] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         params = list(inspect.signature(self.kernel).parameters.values())[1:]
@@ -108,22 +111,28 @@ class Op:
         outs = {"out": 0, **{f"out{i}": i for i in range(self.n_out)}}
         put("kept_outputs", tuple(sorted(outs[k] for k in kept if k in outs)))
         put("kept_inputs", tuple(sorted(arrays.index(k) for k in kept if k not in outs)))
+        if not any(v is REQUIRED for v in self.attrs.values()):
+            put("plain", tuple(self.attrs.values()))
         if isinstance(self.axes, str):
             put("axes", letters(self.axes))
 
     def __call__(self, *inputs: Any, **attrs: Any) -> Any:
-        return dispatcher(inputs)(self, inputs, self.pack(attrs))
+        packed = self.plain if not attrs and self.plain is not None else self.pack(attrs)
+        return dispatcher(inputs)(self, inputs, packed)
 
     def pack(self, attrs: dict[str, Any]) -> tuple[Any, ...]:
         """Attribute values in wire order; unknown or missing names are errors of the caller."""
-        if not self.attrs:
-            if attrs:
-                raise TypeError(f"{self.name} takes no attributes, got {sorted(attrs)}")
-            return ()
+        key = tuple(attrs.items())
+        found = self.packed.get(key)
+        if found is not None:
+            return found
         values = {**self.attrs, **attrs}
-        if len(values) != len(self.attrs) or REQUIRED in values.values():
+        if len(values) != len(self.attrs) or any(v is REQUIRED for v in values.values()):
             raise TypeError(f"{self.name} needs the attributes {list(self.attrs)}, got {sorted(attrs)}")
-        return tuple(values[k] for k in self.attrs)
+        out = tuple(values[k] for k in self.attrs)
+        if len(self.packed) < 1024:
+            self.packed[key] = out
+        return out
 
     def unpack(self, values: Iterable[Any]) -> dict[str, Any]:
         return dict(zip(self.attrs, values, strict=True))
@@ -135,7 +144,7 @@ class Op:
 def dispatcher(inputs: Iterable[Any]) -> Callable[..., Any]:
     """What records an op on these inputs: the `_apply` of the first tensor's class."""
     for x in inputs:
-        found = getattr(type(x), "_apply", None)
+        found = getattr(x, "_apply", None)
         if found is not None:
             return found  # type: ignore[no-any-return]
     raise TypeError(f"no tensor among the inputs {tuple(type(x).__name__ for x in inputs)}")
