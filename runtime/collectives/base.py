@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 Array = Any
-Reduction = Literal["sum", "max", "min", "prod"]
 
 
 class Communicator(ABC):
@@ -28,14 +27,14 @@ class Communicator(ABC):
     kind: str
 
     @abstractmethod
-    def all_reduce(self, x: Array, op: Reduction = "sum", out: Array | None = None) -> Array:
-        """The reduction of every rank's `x`, of any shape; `out` may be `x`.
+    def all_reduce(self, x: Array, op: str = "sum", out: Array | None = None) -> Array:
+        """The reduction of every rank's `x`, of any shape, by sum, max, min or prod; `out` may be `x`.
 
         float16 and bfloat16 sums and products accumulate in float32; booleans follow NumPy (sum is "or").
         """
 
     @abstractmethod
-    def reduce_scatter(self, x: Array, counts: Sequence[int], op: Reduction = "sum",
+    def reduce_scatter(self, x: Array, counts: Sequence[int], op: str = "sum",
                        out: Array | None = None) -> Array:
         """Chunk `rank` of the reduction of every rank's 1-D `x`, whose chunk r has counts[r] elements.
 

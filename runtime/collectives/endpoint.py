@@ -88,6 +88,8 @@ class Endpoint:
     def close(self) -> None:
         """Stop listening. Communicators stay as they are; a group() in progress fails."""
         with self._changed:
+            if self._closed:
+                return
             self._closed = True
             waiting = list(self._arrived.values())
             self._arrived.clear()

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from meshtape.runtime.collectives.base import Array, Communicator, Reduction
+from meshtape.runtime.collectives.base import Array, Communicator
 from meshtape.runtime.collectives.call import encode, verb_of
 from meshtape.runtime.collectives.reduction import UFUNCS, HostArray
 from meshtape.runtime.errors import CommAborted, CommError, DTypeError, ShapeError
@@ -31,14 +31,14 @@ class HostCommunicator(Communicator):
         self._failure: CommError | None = None
         self._closed = False
 
-    def all_reduce(self, x: Array, op: Reduction = "sum", out: Array | None = None) -> Array:
+    def all_reduce(self, x: Array, op: str = "sum", out: Array | None = None) -> Array:
         self._check("all_reduce", x, op)
         out = self._result("all_reduce", x.shape, x.dtype, out)
         call = encode("all_reduce", op, x.dtype, x.size)
         self._run(self._all_reduce, call, x.reshape(-1), out.reshape(-1), op)
         return out
 
-    def reduce_scatter(self, x: Array, counts: Sequence[int], op: Reduction = "sum",
+    def reduce_scatter(self, x: Array, counts: Sequence[int], op: str = "sum",
                        out: Array | None = None) -> Array:
         self._check("reduce_scatter", x, op)
         counts = self._counts("reduce_scatter", counts, x, sum(counts))
@@ -86,7 +86,7 @@ class HostCommunicator(Communicator):
         self._run(self._send, encode("send", "", x.dtype, x.size), x.reshape(-1), dst)
 
     def recv(self, out: Array, src: int) -> Array:
-        self._check("recv", out)
+        self._check_out("recv", out)
         self._peer("recv", src)
         self._run(self._recv, encode("send", "", out.dtype, out.size), out.reshape(-1), src)
         return out
@@ -133,11 +133,16 @@ class HostCommunicator(Communicator):
         if op not in UFUNCS:
             raise ShapeError(f"{verb}: unknown reduction {op!r}; use one of {', '.join(UFUNCS)}")
 
+    def _check_out(self, verb: str, out: Array) -> None:
+        self._check(verb, out)
+        if not out.flags.writeable:
+            raise ShapeError(f"{verb}: out is read-only; pass an array that can be written")
+
     def _result(self, verb: str, shape: tuple[int, ...], dtype: np.dtype[Any],
                 out: Array | None) -> HostArray:
         if out is None:
             return np.empty(shape, dtype)
-        self._check(verb, out)
+        self._check_out(verb, out)
         if out.shape != shape or out.dtype != dtype:
             raise ShapeError(f"{verb}: out is {out.dtype}{list(out.shape)}, the result {dtype}{list(shape)}")
         result: HostArray = out

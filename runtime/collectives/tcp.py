@@ -29,13 +29,14 @@ from meshtape.runtime.errors import CommError, CommTimeout, PeerLost
 from meshtape.runtime.shards import split_sizes
 
 _HEAD = struct.Struct("<QQQ")
-# Up to this many bytes, sending everybody the whole array is faster than a second hop.
-ONE_HOP = 32 * 1024
+# Up to this many bytes sent, sending everybody the whole array is faster than a second hop.
+ONE_HOP = 128 * 1024
 # Bytes received before they are reduced, per peer.
 PIECE = 1024 * 1024
 # Seconds between looks at an abort from this process's other threads.
 LOOK = 0.1
-# Seconds without progress after which any death is the reason, even that of a rank not waited for directly.
+# Seconds without progress after which any death is taken for the reason: a rank waited for may itself have
+# failed because of a death that this one was not concerned with.
 STALL = 0.5
 # Seconds that news may arrive after the end of a connection that it explains.
 GRACE = 0.2
@@ -168,15 +169,16 @@ class TcpCommunicator(HostCommunicator):
         while not (ready := poll.poll(LOOK * 1000)):
             self._raise_failure()
             now = time.monotonic()
-            if now > stalled:
+            if now > stalled and verb_of(call) != "send":
                 self._links.raise_news(self._links.died())
             if now > deadline:
                 raise CommTimeout(f"rank {self.rank}: {describe(call)} waited {self.timeout:g} s for ranks "
                                   f"{needed}")
         self._raise_failure()
         if any(fileno in news for fileno, _ in ready):
+            # Whoever said goodbye may have sent its part before: the end of its data tells.
             self._links.read_news()
-            self._links.raise_news(needed)
+            self._links.raise_news([])
 
     def _lost(self, peer: int, why: str) -> CommError:
         """The error for a connection that ended. Raises the abort, or the goodbye, that explains it."""
@@ -198,7 +200,7 @@ class TcpCommunicator(HostCommunicator):
 
     def _all_reduce(self, call: int, x: HostArray, out: HostArray, op: str) -> None:
         self._enter()
-        if x.nbytes > ONE_HOP:
+        if x.nbytes * (self.size - 1) > ONE_HOP:
             counts = split_sizes(x.size, self.size)
             self._reduce_chunks(call, x, counts, chunks(out, counts)[self.rank], op)
             self._gather_chunks(call, counts, out)
@@ -265,7 +267,7 @@ class TcpCommunicator(HostCommunicator):
     def _broadcast(self, call: int, buffer: HostArray, root: int) -> None:
         """Small: the root sends all to everyone. Large: a chunk to each, which sends it on to the rest."""
         self._enter()
-        small = buffer.nbytes <= ONE_HOP or self.size == 2
+        small = buffer.nbytes * (self.size - 1) <= ONE_HOP or self.size == 2
         parts = chunks(buffer, split_sizes(buffer.size, self.size))
         if self.rank == root:
             for peer in self._data:

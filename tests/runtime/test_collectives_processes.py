@@ -163,6 +163,13 @@ def fleet() -> Iterator[Fleet]:
     fleet.stop()
 
 
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Fleet]:
+    fleet = Fleet(2)
+    yield fleet
+    fleet.stop()
+
+
 @pytest.fixture
 def doomed() -> Iterator[Fleet]:
     fleet = Fleet(3)
@@ -181,6 +188,15 @@ def test_every_collective_gives_the_exact_result_between_processes(fleet: Fleet,
         assert fleet.all(ranks, "keep", count) == [True] * len(ranks)
     assert fleet.all(ranks, "both ways", 3_000_000) == [True] * len(ranks)
     fleet.all(ranks, "close")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_with_a_processor_each(pair: Fleet, kind: str) -> None:
+    """No more ranks than processors: waits spin, where those of the larger fleet sleep at once."""
+    assert pair.all((0, 1), "group", kind, (0, 1), 20) == [kind] * 2
+    assert pair.all((0, 1), "cases", 5000, 7000, 1000) == [2000] * 2
+    assert pair.all((0, 1), "cases", 7000, 7100, 300_000) == [100] * 2
+    pair.all((0, 1), "close")
 
 
 @pytest.mark.parametrize("kind", KINDS)
