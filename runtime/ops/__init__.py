@@ -2,6 +2,7 @@
 
 from meshtape.runtime.ops import activation as activation
 from meshtape.runtime.ops import contraction as contraction
+from meshtape.runtime.ops import create as create
 from meshtape.runtime.ops import einsum as einsum
 from meshtape.runtime.ops import embedding as embedding
 from meshtape.runtime.ops import gather as gather
@@ -12,6 +13,7 @@ from meshtape.runtime.ops import norm as norm
 from meshtape.runtime.ops import optim as optim
 from meshtape.runtime.ops import pad as pad
 from meshtape.runtime.ops import pointwise as pointwise
+from meshtape.runtime.ops import random as random
 from meshtape.runtime.ops import reduce as reduce
 from meshtape.runtime.ops import scan as scan
 from meshtape.runtime.ops import shape as shape

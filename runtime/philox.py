@@ -1,0 +1,168 @@
+"""Counter-based random bits: any element of any draw, without the ones before it.
+
+The generator is Philox-4x64 with 10 rounds (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as
+1, 2, 3"), in the stream order of numpy.random.Philox. A stream is named by (seed, draw), both taken modulo 2**64:
+
+    word[i] = philox4x64_10(counter=(i // 4 + 1, 0, 0, 0), key=(seed, draw))[i % 4]
+
+(the counter's first element is its least significant; NumPy advances it before the first block, hence the + 1).
+Elements of a tensor are numbered in C order over the *whole* tensor, so results depend neither on the number of
+workers nor on the layout. What an element takes from its stream:
+
+    half[e]       32 bits: word[e // 2] >> (32 * (e % 2)), truncated
+    float32       (half[e] >> 8) * 2**-24, in [0, 1)
+    float64       (word[e] >> 11) * 2**-53, in [0, 1)
+    normal        elements 2k and 2k + 1 share a = ((word[2k] >> 11) + 1) * 2**-53 and b = (word[2k + 1] >> 11) *
+                  2**-53: sqrt(-2 log a) * cos(2 pi b) and sqrt(-2 log a) * sin(2 pi b), computed in float64
+    integer       low + mulhi(word[e], high - low), the high half of the 128-bit product
+    dropped       half[e] < round(p * 2**32)
+
+One round, with 128-bit products hi:lo (on CUDA `__umul64hi` and `*`):
+
+    (hi0, lo0) = 0xD2E7470EE14C6C93 * c0,   (hi1, lo1) = 0xCA5A826395121157 * c2
+    c = (hi1 ^ c1 ^ k0, lo1, hi0 ^ c3 ^ k1, lo0)
+
+and before every round but the first k0 += 0x9E3779B97F4A7C15, k1 += 0xBB67AE8584CAA73B.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from meshtape.runtime.shards import Shape
+
+MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
+WEYL = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
+ROUNDS = 10
+MASK64 = 2**64 - 1
+
+CHUNK = 16384                   # elements made at a time, so that their passes stay in a core's cache
+JUMP = 2048                     # elements that cost about as much as starting a stream elsewhere
+
+Fill = Callable[[int, int], Any]
+
+
+# --- words --------------------------------------------------------------------------------------------
+
+def words(xp: Any, seed: int, draw: int, start: int, count: int) -> Any:
+    """Words `start` to `start + count` of the stream (seed, draw), as uint64."""
+    if xp is np:
+        return _numpy_words(seed, draw, start, count)
+    return _array_words(xp, seed, draw, start, count)
+
+
+def _numpy_words(seed: int, draw: int, start: int, count: int) -> Any:
+    block, skip = divmod(start, 4)
+    bits = np.random.Philox(key=np.array([seed & MASK64, draw & MASK64], np.uint64),
+                            counter=np.array([block & MASK64, block >> 64, 0, 0], np.uint64))
+    return bits.random_raw(skip + count)[skip:]
+
+
+def _array_words(xp: Any, seed: int, draw: int, start: int, count: int) -> Any:
+    """The same from array operations alone: for devices, and the reference for a kernel written for one."""
+    first, last = start // 4, -(-(start + count) // 4)
+    c = [xp.arange(first + 1, last + 1, dtype=xp.uint64), *(xp.zeros(last - first, xp.uint64) for _ in range(3))]
+    key = [seed & MASK64, draw & MASK64]
+    for _ in range(ROUNDS):
+        (hi0, lo0), (hi1, lo1) = (wide_product(xp, c[2 * i], MULTIPLIERS[i]) for i in range(2))
+        c = [hi1 ^ c[1] ^ xp.uint64(key[0]), lo1, hi0 ^ c[3] ^ xp.uint64(key[1]), lo0]
+        key = [(k + w) & MASK64 for k, w in zip(key, WEYL, strict=True)]
+    return xp.stack(c, axis=1).reshape(-1)[start - 4 * first:][:count]
+
+
+def wide_product(xp: Any, a: Any, b: int) -> tuple[Any, Any]:
+    """(high, low) halves of the 128-bit products of uint64 `a` with 0 <= b < 2**64, from 32-bit halves."""
+    low32, shift = xp.uint64(0xFFFFFFFF), xp.uint64(32)
+    a0, a1 = a & low32, a >> shift
+    b0, b1 = xp.uint64(b & 0xFFFFFFFF), xp.uint64(b >> 32)
+    middle = a1 * b0 + ((a0 * b0) >> shift)
+    cross = a0 * b1 + (middle & low32)
+    return a1 * b1 + (middle >> shift) + (cross >> shift), a * xp.uint64(b)
+
+
+# --- values of a run of elements -------------------------------------------------------------------------
+
+def halves(xp: Any, seed: int, draw: int, start: int, count: int) -> Any:
+    """32 bits for each of the elements `start` to `start + count`, as uint32."""
+    first = start // 2
+    found = words(xp, seed, draw, first, -(-(start + count) // 2) - first)
+    return found.astype("<u8", copy=False).view(xp.uint32)[start - 2 * first:][:count]
+
+
+def uniform(xp: Any, seed: int, draw: int, start: int, count: int, dtype: Any) -> Any:
+    """Uniform numbers in [0, 1): 24 bits each in float32, 53 in float64."""
+    if dtype == xp.float64:
+        return (words(xp, seed, draw, start, count) >> xp.uint64(11)).astype(xp.float64) * 2.0**-53
+    found = (halves(xp, seed, draw, start, count) >> xp.uint32(8)).astype(xp.float32)
+    found *= 2.0**-24
+    return found
+
+
+def normal(xp: Any, seed: int, draw: int, start: int, count: int) -> Any:
+    """Standard normal numbers in float64 (Box and Muller 1958)."""
+    first, last = start // 2, -(-(start + count) // 2)
+    pairs = words(xp, seed, draw, 2 * first, 2 * (last - first)).reshape(-1, 2) >> xp.uint64(11)
+    radius = xp.sqrt(-2 * xp.log((pairs[:, 0] + xp.uint64(1)).astype(xp.float64) * 2.0**-53))
+    angle = pairs[:, 1].astype(xp.float64) * (2.0**-53 * 2 * np.pi)
+    found = xp.empty((last - first, 2), xp.float64)
+    xp.multiply(radius, xp.cos(angle), out=found[:, 0])
+    xp.multiply(radius, xp.sin(angle), out=found[:, 1])
+    return found.reshape(-1)[start - 2 * first:][:count]
+
+
+def below(xp: Any, seed: int, draw: int, start: int, count: int, extent: int) -> Any:
+    """Integers in [0, extent) as uint64; 1 <= extent <= 2**64. Each is likelier than another by at most 2**-64."""
+    found = words(xp, seed, draw, start, count)
+    return found if extent == 2**64 else wide_product(xp, found, extent)[0]
+
+
+def chosen(xp: Any, seed: int, draw: int, start: int, count: int, p: float) -> Any:
+    """Bools that are True with probability p (to 2**-32)."""
+    threshold = round(p * 2**32)
+    if not 0 < threshold < 2**32:
+        return xp.full(count, threshold > 0)
+    return halves(xp, seed, draw, start, count) < xp.uint32(threshold)
+
+
+# --- values of a piece ---------------------------------------------------------------------------------
+
+def fill(xp: Any, values: Fill, out: Any, offset: Shape, whole: Shape) -> Any:
+    """Write `values(start, count)` of a piece's elements into the contiguous array `out`, and return it.
+
+    `values` gives a run of elements by their number in the whole tensor. Where a piece lies in many short runs
+    (a split of the last dimension), the gaps between neighbours are made too and left out.
+    """
+    if out.size:
+        _fill(xp, values, out, offset, whole, 0)
+    return out
+
+
+def _fill(xp: Any, values: Fill, out: Any, offset: Shape, whole: Shape, start: int) -> None:
+    """`start` is the number of the element where the subarray `whole` begins."""
+    if out.shape[1:] == whole[1:]:
+        stride = prod(whole[1:])
+        flat, first = out.reshape(-1), start + (offset[0] * stride if offset else 0)
+        for run in _chunks(xp, flat.size, 1):
+            flat[run] = values(first + run.start, run.stop - run.start)
+        return
+    stride, held = prod(whole[1:]), prod(out.shape[1:])
+    first = start + offset[0] * stride
+    if stride - held > JUMP:
+        for i in range(len(out)):
+            _fill(xp, values, out[i], offset[1:], whole[1:], first + i * stride)
+        return
+    inside = tuple(slice(o, o + n) for o, n in zip(offset[1:], out.shape[1:], strict=True))
+    for rows in _chunks(xp, len(out), stride):
+        count = rows.stop - rows.start
+        covering = values(first + rows.start * stride, count * stride).reshape(count, *whole[1:])
+        out[rows] = covering[(slice(None), *inside)]
+
+
+def _chunks(xp: Any, count: int, size: int) -> Iterator[slice]:
+    """Runs of items of `size` elements; on a device all of them at once."""
+    step = max(1, CHUNK // size) if xp is np else count
+    return (slice(at, min(at + step, count)) for at in range(0, count, step))
