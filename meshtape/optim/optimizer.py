@@ -1,0 +1,202 @@
+"""Optimizer: parameter groups, state, and a step that records one update instruction for each group."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from meshtape.autograd import Tensor, apply, as_tensor
+from meshtape.autograd.tensor import owner_session
+from meshtape.creation import zeros_like
+from meshtape.gradmode import enable_grad
+from meshtape.runtime.dtypes import is_floating
+from meshtape.runtime.errors import DTypeError, StateError
+from meshtape.runtime.op import lookup
+from meshtape.scheduler.session import user_site
+
+Group = dict[str, Any]
+State = dict[str, Any]
+
+
+class Optimizer:
+    """Base of all optimizers.
+
+    `param_groups` is a list of dicts with "params" and hyperparameters, which may be changed between steps;
+    `state` maps each parameter to a dict of its step count and state tensors, laid out like the parameter.
+    """
+
+    moments: tuple[str, ...] = ()       # names of the state tensors that every update has
+
+    def __init__(self, params: Iterable[Any], defaults: Mapping[str, Any]) -> None:
+        self.defaults = dict(defaults)
+        self.param_groups: list[Group] = []
+        self.state: dict[Tensor, State] = {}
+        given = [params] if isinstance(params, Tensor) else list(params)
+        if not given:
+            raise ValueError(f"{type(self).__name__}: no parameters; pass model.parameters()")
+        for group in given if isinstance(given[0], Mapping) else [{"params": given}]:
+            self.add_param_group(group)
+
+    def add_param_group(self, group: Mapping[str, Any]) -> None:
+        """Add parameters with hyperparameters of their own. Raises ValueError on one that is in a group already."""
+        name = type(self).__name__
+        unknown = set(group) - set(self.defaults) - {"params", "initial_lr", "name"}
+        if unknown:
+            raise ValueError(f"{name}: a group sets {sorted(unknown)}; its hyperparameters are {sorted(self.defaults)}")
+        params = group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        known = {id(p) for g in self.param_groups for p in g["params"]}
+        for p in params:
+            if not isinstance(p, Tensor):
+                raise TypeError(f"{name}: parameters are tensors, got a {type(p).__name__}")
+            if not p.is_leaf:
+                raise ValueError(f"{name}: a computed tensor of shape {p.shape} cannot be optimized; pass leaves")
+            if not is_floating(p.dtype):
+                raise DTypeError(f"{name}: a parameter has dtype {p.dtype}; use a floating dtype")
+            if id(p) in known:
+                raise ValueError(f"{name}: a parameter of shape {p.shape} is in two groups or twice in one")
+            known.add(id(p))
+        made = {"params": params, **self.defaults, **{k: v for k, v in group.items() if k != "params"}}
+        self.check_group(made)
+        self.param_groups.append(made)
+
+    def check_group(self, group: Group) -> None:
+        """Raise ValueError for hyperparameters that make no sense."""
+        for key in ("lr", "momentum", "weight_decay", "eps", "alpha", "lr_decay"):
+            value = group.get(key, 0)
+            if isinstance(value, bool) or not isinstance(value, int | float | np.number) or value < 0:
+                raise ValueError(f"{type(self).__name__}: {key} is {value!r}; use a number of 0 or more")
+        for beta in group.get("betas", ()):
+            if not 0 <= beta < 1:
+                raise ValueError(f"{type(self).__name__}: betas are {group['betas']}; each lies in [0, 1)")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the parameters' gradients, or set them to zeros."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.grad = None if set_to_none else zeros_like(p.grad)
+
+    # --- stepping -----------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update every parameter that has a gradient, and send the batch; does not wait.
+
+        `closure`, if given, computes the loss anew (with gradients) first, and its result is returned.
+        """
+        loss = None
+        if closure is not None:
+            with enable_grad():
+                loss = closure()
+        active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not active:
+            return loss
+        session = owner_session(active[0])
+        site, session.site = session.site, session.site or user_site()
+        enabled, session.grad_enabled = session.grad_enabled, False
+        try:
+            for group in self.param_groups:
+                for params in self._alike(group):
+                    self.update(group, params)
+            session.flush()
+        finally:
+            session.site, session.grad_enabled = site, enabled
+        return loss
+
+    def _alike(self, group: Group) -> list[list[Tensor]]:
+        """The group's parameters with gradients, those of one step count and kind of state together (usually all)."""
+        found: dict[Any, list[Tensor]] = {}
+        for p in group["params"]:
+            if p.grad is not None:
+                state = self.state.get(p, {"step": 0})
+                found.setdefault((state["step"], *state), []).append(p)
+        return list(found.values())
+
+    def update(self, group: Group, params: list[Tensor]) -> None:
+        """Update `params`, which have gradients and one step count, under the group's hyperparameters."""
+        raise NotImplementedError
+
+    def state_of(self, p: Tensor, names: Iterable[str]) -> State:
+        """The state of a parameter; tensors that it lacks start as zeros."""
+        state = self.state.get(p)
+        if state is None:
+            state = self.state[p] = {"step": 0}
+        for name in names:
+            if name not in state:
+                state[name] = zeros_like(p)
+        return state
+
+    def run(self, op: str, scalars: tuple[Any, ...], params: list[Tensor], names: tuple[str, ...],
+            **attrs: Any) -> None:
+        """Record one multi-tensor update and rebind the parameters and the states `names` to its results."""
+        row = lookup(op)
+        states = [self.state_of(p, names) for p in params]
+        n = len(params)
+        inputs = (*scalars, *params, *(p.grad for p in params), *(s[name] for name in names for s in states))
+        outs = apply(row, inputs, row.pack({"n": n, **attrs}))
+        for k, p in enumerate(params):
+            p.block, p.spec = outs[k].block, outs[k].spec
+            states[k]["step"] += 1
+            for i, name in enumerate(names):
+                states[k][name] = outs[(i + 1) * n + k]
+
+    # --- state --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """{"state": {number: {...}}, "param_groups": [...]}: parameters by number, in order of the groups."""
+        number = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        return {"state": {number[id(p)]: dict(s) for p, s in self.state.items() if id(p) in number},
+                "param_groups": [{**g, "params": [number[id(p)] for p in g["params"]]} for g in self.param_groups]}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over hyperparameters and state (tensors or arrays) of an optimizer with equal groups.
+
+        Raises StateError, and then nothing was loaded.
+        """
+        groups, states = self._checked(state_dict)
+        params = [p for g in self.param_groups for p in g["params"]]
+        for group, found in zip(self.param_groups, groups, strict=True):
+            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k != "params"})
+        self.state = {params[int(i)]: {"step": 0, **{k: _state_value(k, v, params[int(i)]) for k, v in s.items()}}
+                      for i, s in states.items()}
+
+    def _checked(self, state_dict: Any) -> tuple[list[Any], Mapping[Any, Mapping[str, Any]]]:
+        who = f"{type(self).__name__}.load_state_dict"
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+            raise StateError(f"{who}: not an optimizer's state; it needs the entries 'state' and 'param_groups'")
+        groups, states = state_dict["param_groups"], state_dict["state"]
+        have = [len(g["params"]) for g in self.param_groups]
+        given = [len(g["params"]) for g in groups]
+        if have != given:
+            raise StateError(f"{who}: this optimizer's groups have {have} parameters, the state's {given}")
+        params = [p for g in self.param_groups for p in g["params"]]
+        for i, state in states.items():
+            if int(i) >= len(params):
+                raise StateError(f"{who}: a state for parameter {i}, but there are {len(params)}")
+            for name, value in state.items():
+                if getattr(value, "ndim", 0) and tuple(value.shape) != params[int(i)].shape:
+                    raise StateError(f"{who}: {name} of parameter {i} has shape {tuple(value.shape)}, the parameter "
+                                     f"{params[int(i)].shape}")
+        return list(groups), states
+
+    def __repr__(self) -> str:
+        lines = [f"Parameter Group {i}\n" + "\n".join(f"    {k}: {v}" for k, v in sorted(g.items()) if k != "params")
+                 for i, g in enumerate(self.param_groups)]
+        return f"{type(self).__name__} (\n" + "\n\n".join(lines) + "\n)"
+
+
+def _state_value(name: str, value: Any, p: Tensor) -> Any:
+    """The step as an int, a state tensor in its parameter's dtype and layout, any other number as it is."""
+    if name == "step":
+        return int(value)
+    if not hasattr(value, "shape"):
+        return value
+    tensor = as_tensor(value).detach()
+    if tensor.dtype != p.dtype:
+        tensor = tensor.astype(p.dtype)  # type: ignore[attr-defined]
+    return tensor.to_placements(p.spec.placements)
+
+
+__all__ = ["Optimizer"]
