@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from meshtape.runtime.errors import SessionClosed
 from meshtape.runtime.op import Op
 from meshtape.runtime.shards import Placements
 from meshtape.scheduler import current
+from meshtape.scheduler.layout import Spec
 from meshtape.scheduler.planner import Plan
-from meshtape.scheduler.session import Session
+from meshtape.scheduler.session import Draw, Session, user_site
 
 
 def apply(op: Op, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (),
@@ -24,56 +26,65 @@ def apply(op: Op, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (),
     `placements` fixes the layout of what a creation op makes.
     """
     session = current.active or current.session()
-    weak = session.specs.weak
-    specs: list[Any] = [op, attrs, placements]
+    key: list[Any] = [op, attrs]
     blocks: list[Any] = []
+    edges: list[Any] = []
     tracked = False
     for x in inputs:
         if isinstance(x, Tensor):
-            specs.append(x.spec)
+            key.append(x.spec)
             blocks.append(x.block)
-            if x.edge is not None:
+            edge = x.edge
+            edges.append(edge)
+            if edge is not None:
                 tracked = True
             continue
-        spec = weak.get(type(x))
+        spec = session.weak.get(type(x))
         if spec is None:
-            return apply(op, tuple(as_operand(y) for y in inputs), attrs, placements)
-        specs.append(spec)
+            return apply(op, tuple([as_operand(y) for y in inputs]), attrs, placements)
+        key.append(spec)
         blocks.append(x)
-    key = tuple(specs)
-    plan = session.plans.get(key)
+        edges.append(None)
+    if placements is not None:
+        key.append(placements)
+    full_key = tuple(key)
+    plan = session.plans.get(full_key)
     if plan is None:
-        plan = new_plan(session, key)
-    made = session.record(plan, blocks)
-    single = plan.single
+        plan = new_plan(session, op, attrs, key[2:2 + len(inputs)], placements)
+        session.plans[full_key] = plan
+    site = session.site or user_site()
+    made = session.record(plan, blocks, site)
+    node = None
     if tracked and session.grad_enabled and plan.differentiable:
-        node = Node(plan, tuple([x.edge if isinstance(x, Tensor) else None for x in inputs]), blocks, made,
-                    session)
-        if single is not None:
-            return make(made[0], single, (node, 0))
-        return tuple([make(b, s, (node, i) if s.differentiable else None)
-                      for i, (b, s) in enumerate(zip(made, plan.outs, strict=True))])
+        node = Node(plan, tuple(edges), blocks, made, site)
+    single = plan.single
     if single is not None:
-        return make(made[0], single, None)
-    return tuple([make(b, s, None) for b, s in zip(made, plan.outs, strict=True)])
+        out: Tensor = _new(Tensor)
+        out.block = made[0]
+        out.spec = single
+        out.edge = node if node is None else (node, 0)
+        return out
+    return tuple([make(b, s, (node, i) if node is not None and s.differentiable else None)
+                  for i, (b, s) in enumerate(zip(made, plan.outs, strict=True))])
 
 
-def new_plan(session: Session, key: tuple[Any, ...]) -> Plan:
+_new = object.__new__
+
+
+def new_plan(session: Session, op: Op, attrs: tuple[Any, ...], specs: Sequence[Spec],
+             placements: Placements | None) -> Plan:
     """Plan an op that was not seen with these specs before."""
     session.check()
-    op, attrs, placements, *specs = key
     for spec in specs:
         if spec.owner is not session.specs:
             raise SessionClosed(f"{op.name}: a tensor of shape {spec.shape} belongs to a mesh that was shut down "
                                 f"or replaced; make it again on the current mesh")
-    plan = session.planner.plan(op, attrs, tuple(specs), placements)
-    session.plans[key] = plan
-    return plan
+    return session.planner.plan(op, attrs, tuple(specs), placements)
 
 
 def as_operand(x: Any) -> Any:
     """A tensor, or a Python scalar (NumPy's scalars count as Python's: they never widen a result)."""
-    if isinstance(x, Tensor) or type(x) in (bool, int, float, complex):
+    if isinstance(x, Tensor) or type(x) in (bool, int, float, complex, Draw):
         return x
     if isinstance(x, np.generic | bool | int | float | complex):
         return x.item() if isinstance(x, np.generic) else complex(x) if isinstance(x, complex) else float(x)

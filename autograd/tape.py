@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from meshtape.autograd.replay import Replays, Trace, replay, survey
 from meshtape.autograd.tensor import Tensor, make
 from meshtape.runtime.dtypes import is_differentiable
 from meshtape.runtime.errors import GradError, ShapeError
 from meshtape.runtime.op import lookup
 from meshtape.scheduler import current
 from meshtape.scheduler.planner import Plan
-from meshtape.scheduler.session import Session, site_text, user_site
+from meshtape.scheduler.session import Session, Site, site_text, user_site
 
 Edge = tuple["AnyNode", int]
+NOTHING: list[Any] = []
 Hook = Callable[[Tensor], Tensor | None]
 
 
@@ -31,11 +33,16 @@ class AnyNode:
 
     edges: tuple[Edge | None, ...]
     hooks: dict[int, list[Hook]] | None
-    n_out = 1
+    plan: Plan | None = None
+    replayable = False
 
-    def backward(self, grads: list[Tensor | None]) -> Sequence[Tensor | None]:
+    @property
+    def n_out(self) -> int:
+        return 1
+
+    def backward(self, grads: list[Tensor | None], session: Session) -> Sequence[Tensor | None]:
         """Gradients of the inputs, given those of the outputs."""
-        raise NotImplementedError
+        return [None] * len(self.edges)
 
     def release(self) -> None:
         """Drop what was kept for backward."""
@@ -54,20 +61,29 @@ class Node(AnyNode):
 
     __slots__ = ("kept_in", "kept_out", "plan", "site")
 
-    def __init__(self, plan: Plan, edges: tuple[Edge | None, ...], inputs: Sequence[Any], outputs: Sequence[Any],
-                 session: Session) -> None:
+    def __init__(self, plan: Plan, edges: tuple[Edge | None, ...], inputs: list[Any], outputs: list[Any],
+                 site: Site) -> None:
         self.plan = plan
         self.edges = edges
         self.hooks = None
-        kept = plan.kept_inputs
-        self.kept_in: Any = inputs if len(kept) == len(inputs) else [
-            x if i in kept or plan.in_specs[i].weak else None for i, x in enumerate(inputs)]
+        keeps_all = plan.keeps_all
+        if keeps_all is None:
+            self.kept_in: Any = NOTHING
+        elif keeps_all:
+            self.kept_in = inputs
+        else:
+            self.kept_in = [x if i in plan.kept_inputs or plan.in_specs[i].weak else None
+                            for i, x in enumerate(inputs)]
         self.kept_out: Any = outputs if plan.kept_outputs else None
-        self.site = session.sites[-1] if session.sites else None
+        self.site = site
 
     @property
-    def n_out(self) -> int:  # type: ignore[override]
+    def n_out(self) -> int:
         return len(self.plan.outs)
+
+    @property
+    def replayable(self) -> bool:  # type: ignore[override]
+        return self.kept_in is not None
 
     @property
     def name(self) -> str:
@@ -78,15 +94,17 @@ class Node(AnyNode):
             self.kept_in = None
         self.kept_out = None
 
-    def backward(self, grads: list[Tensor | None]) -> Sequence[Tensor | None]:
-        plan = self.plan
-        op, attrs, edges = plan.op, plan.attrs, self.edges
+    def backward(self, grads: list[Tensor | None], session: Session) -> Sequence[Tensor | None]:
         if self.kept_in is None:
             where = f" (recorded at {site_text(self.site)})" if self.site else ""
-            raise GradError(f"backward a second time through {op.name}{where}: what it kept was freed by the first; "
-                            f"pass retain_graph=True to the first backward()")
-        inputs = [x if s.weak else s if x is None or i not in plan.kept_inputs else make(x, s, edges[i])
-                  for i, (x, s) in enumerate(zip(self.kept_in, plan.in_specs, strict=True))]
+            raise GradError(f"backward a second time through {self.name}{where}: what it kept was freed by the "
+                            f"first; pass retain_graph=True to the first backward()")
+        plan, edges = self.plan, self.edges
+        if plan.keeps_all is None:
+            inputs: Sequence[Any] = plan.in_specs
+        else:
+            inputs = [x if s.weak else s if x is None else make(x, s, e)
+                      for x, s, e in zip(self.kept_in, plan.in_specs, edges, strict=True)]
         out: Any
         g: Any
         if plan.single is not None:
@@ -96,20 +114,24 @@ class Node(AnyNode):
             g = tuple(grads)
             out = tuple(make(self.kept_out[k], s, (self, k) if s.differentiable else None)
                         if k in plan.kept_outputs else s for k, s in enumerate(plan.outs))
-        vjp = op.vjp
-        if callable(vjp):
-            return vjp(g, out, *inputs, **attrs)  # type: ignore[no-any-return]
-        assert vjp is not None
-        if op.variadic and len(vjp) != len(inputs):
-            vjp = (*vjp, *[vjp[-1]] * (len(inputs) - len(vjp)))
-        return [f(g, out, *inputs, **attrs) if edge is not None and f is not None else None
-                for f, edge in zip(vjp, edges, strict=True)]
+        vjp = plan.op.vjp
+        if type(vjp) is not tuple:
+            assert vjp is not None
+            found = vjp(g, out, *inputs, **plan.attrs)
+        else:
+            if plan.op.variadic and len(vjp) != len(inputs):
+                vjp = (*vjp, *[vjp[-1]] * (len(inputs) - len(vjp)))
+            found = [f(g, out, *inputs, **plan.attrs) if edge is not None and f is not None else None
+                     for f, edge in zip(vjp, edges, strict=True)]
+        return [r if r is None or e is None or r.dtype == s.dtype else r.astype(s.dtype)
+                for r, s, e in zip(found, plan.in_specs, edges, strict=True)]
 
 
 class Leaf(AnyNode):
     """Where a gradient ends: it is laid out like its tensor and added to `.grad`."""
 
     __slots__ = ("tensor",)
+    replayable = True
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = weakref.ref(tensor)
@@ -120,7 +142,8 @@ class Leaf(AnyNode):
         tensor = self.tensor()
         if tensor is None:
             return
-        grad = grad.to_placements(tensor.spec.placements)
+        if grad.spec is not tensor.spec:
+            grad = grad.to_placements(tensor.spec.placements)
         old = tensor.grad
         tensor._grad = grad if old is None else old + grad
 
@@ -139,16 +162,15 @@ class CheckpointNode(AnyNode):
         self.count = 1
 
     @property
-    def n_out(self) -> int:  # type: ignore[override]
+    def n_out(self) -> int:
         return self.count
 
     def release(self) -> None:
         self.args = None
 
-    def backward(self, grads: list[Tensor | None]) -> Sequence[Tensor | None]:
+    def backward(self, grads: list[Tensor | None], session: Session) -> Sequence[Tensor | None]:
         if self.args is None:
             raise GradError("backward a second time through checkpoint(): pass retain_graph=True to the first")
-        session = current.session()
         args = [a.detach().requires_grad_() if isinstance(a, Tensor) and a.edge is not None else a
                 for a in self.args]
         draws, session.draws = session.draws, self.draws
@@ -171,44 +193,72 @@ def walk(roots: Sequence[tuple[Edge, Tensor]], *, retain_graph: bool, create_gra
 
     Leaves accumulate into `.grad`, unless `captured` names the edges whose gradients are wanted instead.
     """
-    waiting = count_consumers([edge[0] for edge, _ in roots])
-    grads: dict[AnyNode, list[Tensor | None]] = {}
-    for (node, index), g in roots:
-        add_grad(grads, node, index, g)
-    ready = [node for node in dict.fromkeys(edge[0] for edge, _ in roots) if not waiting.get(node)]
-    wanted = {} if captured is None else {node: [] for node, _ in captured}
-    for edge in captured or ():
-        wanted[edge[0]].append(edge[1])
     session = current.session()
     enabled, session.grad_enabled = session.grad_enabled, create_graph
     site, session.site = session.site, session.site or user_site()
     try:
-        while ready:
-            node = ready.pop()
-            here = grads.pop(node, None)
-            if here is not None:
-                run_hooks(node, here)
-                for index in wanted.get(node, ()):
-                    captured[node, index] = here[index]  # type: ignore[index]
-            if isinstance(node, Leaf):
-                if captured is None and here is not None and here[0] is not None:
-                    node.accumulate(here[0])
-                continue
-            results = node.backward(here) if here is not None else [None] * len(node.edges)
-            if not retain_graph:
+        if len(roots) > 1 or create_graph or captured is not None or vars(session).get("record"):
+            _walk(roots, session, retain_graph, captured)
+            return
+        (root, index), gradient = roots[0]
+        seen = None if index else survey(root, gradient)
+        if seen is None:
+            _walk(roots, session, retain_graph, None)
+            return
+        if session.replays is None:
+            session.replays = Replays()
+        found = session.replays.find(seen.key)
+        if found is not None:
+            replay(found, seen, session, session.site)
+        else:
+            with Trace(session) as trace:
+                _walk(roots, session, True, None)
+            session.replays.keep(seen.key, trace.replay(seen))
+        if not retain_graph:
+            for node in seen.nodes:
                 node.release()
-            for edge, g in zip(node.edges, results, strict=True):
-                if edge is None:
-                    continue
-                target = edge[0]
-                if g is not None:
-                    add_grad(grads, target, edge[1], g)
-                left = waiting[target] = waiting[target] - 1
-                if not left:
-                    ready.append(target)
     finally:
         session.grad_enabled = enabled
         session.site = site
+
+
+def _walk(roots: Sequence[tuple[Edge, Tensor]], session: Session, retain_graph: bool,
+          captured: dict[Edge, Tensor | None] | None) -> None:
+    """Node by node: run hooks, run the vjp, pass on the gradients; a node runs once all its consumers have."""
+    waiting = count_consumers([edge[0] for edge, _ in roots])
+    grads: dict[AnyNode, list[Tensor | None]] = {}
+    for (node, index), g in roots:
+        add_grad(grads, node, index, g)
+    ready = [node for node in dict.fromkeys(edge[0] for edge, _ in roots) if node not in waiting]
+    wanted: dict[AnyNode, list[int]] = {}
+    for edge in captured or ():
+        wanted.setdefault(edge[0], []).append(edge[1])
+    while ready:
+        node = ready.pop()
+        here = grads.pop(node, None)
+        if here is not None:
+            if node.hooks:
+                run_hooks(node.hooks, here)
+            if captured is not None:
+                captured.update({(node, k): here[k] for k in wanted.get(node, ())})
+            elif isinstance(node, Leaf) and here[0] is not None:
+                node.accumulate(here[0])
+        edges = node.edges
+        if not edges:
+            continue
+        results = node.backward(here, session) if here is not None else [None] * len(edges)
+        if not retain_graph:
+            node.release()
+        for edge, g in zip(edges, results, strict=True):
+            if edge is None:
+                continue
+            target = edge[0]
+            if g is not None:
+                add_grad(grads, target, edge[1], g)
+            left = waiting[target] - 1
+            waiting[target] = left
+            if not left:
+                ready.append(target)
 
 
 def count_consumers(roots: Sequence[AnyNode]) -> dict[AnyNode, int]:
@@ -238,9 +288,9 @@ def add_grad(grads: dict[AnyNode, list[Tensor | None]], node: AnyNode, index: in
     here[index] = g if old is None else old + g
 
 
-def run_hooks(node: AnyNode, grads: list[Tensor | None]) -> None:
-    for index, hooks in (node.hooks or {}).items():
-        for hook in list(hooks):
+def run_hooks(hooks: dict[int, list[Hook]], grads: list[Tensor | None]) -> None:
+    for index, functions in hooks.items():
+        for hook in list(functions):
             g = grads[index]
             if g is not None:
                 changed = hook(g)

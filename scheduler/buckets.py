@@ -25,12 +25,15 @@ class Recorded(NamedTuple):
     origin: int
 
 
-def unflatten(body: Sequence[tuple[int, ...]], instrs: Sequence[Instr]) -> list[Recorded]:
-    """Recorded tuples are flat, (number, inputs..., outputs...); split them by the instruction's arity."""
-    out = []
-    for at, (number, *slots) in enumerate(body):
-        n = len(instrs[number].ins)
-        out.append(Recorded(number, tuple(slots[:n]), tuple(slots[n:]), at))
+def unflatten(body: Sequence[int], instrs: Sequence[Instr]) -> list[Recorded]:
+    """The recorded batch is flat: number, inputs, outputs, number, ...; cut it by the instructions' arity."""
+    out, at = [], 0
+    while at < len(body):
+        instr = instrs[body[at]]
+        mid = at + 1 + len(instr.ins)
+        end = mid + len(instr.outs)
+        out.append(Recorded(body[at], tuple(body[at + 1:mid]), tuple(body[mid:end]), len(out)))
+        at = end
     return out
 
 

@@ -57,6 +57,7 @@ class Plan:
     differentiable: bool
     kept_inputs: tuple[int, ...]
     kept_outputs: tuple[int, ...]
+    keeps_all: bool | None      # True: every input is kept; None: no input is, and none is a scalar
     seconds: float
     wire: float
 
@@ -94,12 +95,13 @@ class Planner:
         outs = tuple(self.specs.get(tuple(s), np.dtype(d), p)
                      for s, d, p in zip(out_shapes, out_dtypes, chosen_outs, strict=True))
         number = self.number(Instr(op.name, attrs, arrived, tuple(o.wire for o in outs)))
+        kept = tuple(range(len(specs))) if op.variadic and op.kept_inputs else op.kept_inputs
+        keeps_all = None if not kept and not any(s.weak for s in specs) else len(kept) == len(specs)
         return Plan(op, named, number, before if any(before) else None, specs, outs,
                     outs[0] if len(outs) == 1 and op.n_out == 1 else None,
                     op.vjp is not None and any(o.differentiable for o in outs),
-                    tuple(range(len(specs))) if op.variadic and op.kept_inputs else op.kept_inputs,
-                    tuple(range(len(outs))) if op.n_out == -1 and op.kept_outputs else op.kept_outputs,
-                    seconds, wire)
+                    kept, tuple(range(len(outs))) if op.n_out == -1 and op.kept_outputs else op.kept_outputs,
+                    keeps_all, seconds, wire)
 
     def _prepare(self, specs: Sequence[Spec], casts: Sequence[Any], wanted: Sequence[Placements],
                  ) -> tuple[tuple[tuple[int, ...], ...], tuple[TensorType | None, ...], float]:

@@ -29,20 +29,22 @@ PENDING_LIMIT = 1024        # instructions after which a batch is sent unasked
 IN_FLIGHT = 8               # batches sent and not yet answered
 BODIES = 512                # programs that workers keep
 
+HIDDEN = [-1] * 64
+
 Site = tuple[CodeType, int]
 
 
-class Block:
-    """A tensor's data on the workers, by global id. When the last reference goes, the id is freed."""
+class Block(int):
+    """A tensor's data on the workers, by global id. When the last reference goes, the id is freed.
 
-    __slots__ = ("_free", "id")
+    A session makes its own subclass, whose finalizer notes the id and does nothing else.
+    """
 
-    def __init__(self, name: int, free: Callable[[int], None]) -> None:
-        self.id = name
-        self._free = free
+    __slots__ = ()
 
-    def __del__(self) -> None:
-        self._free(self.id)
+
+def block_type(free: Callable[[int], None]) -> type[Block]:
+    return type("Block", (Block,), {"__slots__": (), "__del__": lambda self: free(+self)})
 
 
 class Body(NamedTuple):
@@ -52,6 +54,30 @@ class Body(NamedTuple):
     program: Program
     origin: tuple[int, ...]
     external: tuple[int, ...]
+
+
+class Draw(int):
+    """The number of a random draw: an operand whose value nothing but a kernel looks at."""
+
+    __slots__ = ()
+
+
+class Recording(NamedTuple):
+    """Instructions recorded once, to be appended again with other operands.
+
+    `pick` takes the flat entries of the body from a list of instruction `numbers`, the slots of the operands at
+    `uses`, of the scalars `constants`, and of the `made` outputs. `results` are operand positions, or -1 - k
+    for output k, or None; outputs at `hidden` places are temporaries.
+    """
+
+    numbers: tuple[int, ...]
+    uses: tuple[int, ...]
+    constants: tuple[Any, ...]
+    made: int
+    pick: Callable[[list[Any]], tuple[int, ...]] | None
+    count: int
+    hidden: tuple[int, ...]
+    results: tuple[int | None, ...]
 
 
 class Sent(NamedTuple):
@@ -83,6 +109,7 @@ class Session:
         self.planner = Planner(self.axes, links, CPU)
         self.specs = self.planner.specs
         self.plans = self.planner.plans
+        self.weak = {**self.specs.weak, Draw: self.specs.weak[int]}
         self.coords = [coordinate(r, mesh.shape) for r in range(mesh.size)]
         self.closed = False
         self.grad_enabled = True
@@ -90,8 +117,9 @@ class Session:
         self.seed = 0
         self.draws = 0
         self.stats = Stats()
+        self.replays: Any = None            # the tape's: backward walks it has noted
         self.freed: deque[int] = deque()
-        self._free = self.freed.append
+        self.Block = block_type(self.freed.append)
         self._next_id = 0
         self._bodies: OrderedDict[Any, Body] = OrderedDict()
         self._drop: list[bytes] = []
@@ -104,8 +132,9 @@ class Session:
         self._begin()
 
     def _begin(self) -> None:
-        self.body: list[tuple[int, ...]] = []
-        self.slots: dict[int, int] = {}
+        self.body: list[int] = []
+        self.slots: dict[int, int] = {}         # slot of every id that the batch uses and the user can reach
+        self.names: list[int] = []              # id of every slot, -1 for temporaries
         self.scalars: list[Any] = []
         self.sites: list[Site] = []
         self.feeds: list[tuple[np.ndarray[Any, Any], Placements]] = []
@@ -113,77 +142,130 @@ class Session:
 
     # --- recording ----------------------------------------------------------------------------------
 
-    def record(self, plan: Plan, inputs: Sequence[Any]) -> list[Block]:
+    def record(self, plan: Plan, inputs: Sequence[Any], site: Site) -> list[Block]:
         """Append a planned op. `inputs` are Blocks and Python scalars; returns the outputs' Blocks."""
-        slots = self.slots
+        slots, names, kind = self.slots, self.names, self.Block
         entry = [plan.number]
         if plan.before is not None:
-            inputs = self._bring(plan, inputs)
+            inputs = self._bring(plan, inputs, site)
         for x in inputs:
-            if type(x) is Block:
-                slot = slots.get(x.id)
-                if slot is None:
-                    slot = slots[x.id] = len(slots)
-                entry.append(slot)
+            if type(x) is kind:
+                slot = slots.get(x)
+                entry.append(self._external(x) if slot is None else slot)
             elif type(x) is Slot:
-                entry.append(x)
+                entry.append(+x)
             else:
                 self.scalars.append(x)
                 entry.append(-len(self.scalars))
         name = self._next_id
-        blocks = []
-        for _ in plan.outs:
-            slots[name] = slot = len(slots)
+        slot = len(names)
+        if plan.single is not None:
+            slots[name] = slot
+            names.append(name)
             entry.append(slot)
-            blocks.append(Block(name, self._free))
-            name += 1
-        self._next_id = name
-        body = self.body
-        body.append(tuple(entry))
-        self.sites.append(self.site or user_site())
-        if len(body) >= PENDING_LIMIT:
+            self._next_id = name + 1
+            blocks = [kind(name)]
+        else:
+            n = len(plan.outs)
+            blocks = [kind(name + k) for k in range(n)]
+            names += range(name, name + n)
+            entry += range(slot, slot + n)
+            slots.update((name + k, slot + k) for k in range(n))
+            self._next_id = name + n
+        self.body += entry
+        sites = self.sites
+        sites.append(site)
+        if len(sites) >= PENDING_LIMIT:
             self.flush()
         return blocks
 
-    def _bring(self, plan: Plan, inputs: Sequence[Any]) -> list[Any]:
+    def repeat(self, recording: Recording, operands: Sequence[Any], site: Site) -> list[Block | None]:
+        """Append a recording again, with other operands; returns the Blocks of its results."""
+        slots, names = self.slots, self.names
+        values: list[Any] = [*recording.numbers]
+        for i in recording.uses:
+            x = operands[i]
+            if type(x) is self.Block:
+                slot = slots.get(x)
+                values.append(self._external(x) if slot is None else slot)
+            else:
+                self.scalars.append(x)
+                values.append(-len(self.scalars))
+        for x in recording.constants:
+            self.scalars.append(x)
+            values.append(-len(self.scalars))
+        first, made = len(names), recording.made
+        values += range(first, first + made)
+        names += HIDDEN[:made] if made <= len(HIDDEN) else [-1] * made
+        name = self._next_id
+        out: list[Block | None] = []
+        for r in recording.results:
+            if r is None or r >= 0:
+                out.append(None if r is None else operands[r])
+            else:
+                slot = first - 1 - r
+                known = names[slot]
+                if known < 0:
+                    names[slot] = known = name
+                    slots[name] = slot
+                    name += 1
+                out.append(self.Block(known))
+        self._next_id = name
+        if recording.pick is not None:
+            for k in recording.hidden:
+                self.temporary.append(first + k)
+            self.body += recording.pick(values)
+            sites = self.sites
+            for _ in range(recording.count):
+                sites.append(site)
+            if len(sites) >= PENDING_LIMIT:
+                self.flush()
+        return out
+
+    def _external(self, block: Block) -> int:
+        """The slot of a block that this batch has not used before."""
+        slot = self.slots[+block] = len(self.names)
+        self.names.append(+block)
+        return slot
+
+    def _slot(self, block: Block) -> int:
+        slot = self.slots.get(block)
+        return self._external(block) if slot is None else slot
+
+    def _bring(self, plan: Plan, inputs: Sequence[Any], site: Site) -> list[Any]:
         """Record the moves and casts that a plan asks for; their results live inside the batch only."""
         assert plan.before is not None
         out = list(inputs)
         for i, numbers in enumerate(plan.before):
             if not numbers:
                 continue
-            slot = self.slots.get(inputs[i].id)
-            if slot is None:
-                slot = self.slots[inputs[i].id] = len(self.slots)
+            slot = self._slot(inputs[i])
             for number in numbers:
-                slot = self._step(number, slot)
+                slot = self._emit(number, slot, name=-1, site=site)
+                self.temporary.append(slot)
             out[i] = Slot(slot)
         return out
 
-    def _step(self, number: int, slot: int) -> int:
-        """One instruction from a slot to a fresh temporary slot."""
-        made = len(self.slots)
-        self.slots[self._next_id] = made
-        self._next_id += 1
-        self.temporary.append(made)
-        self.body.append((number, slot, made))
-        self.sites.append(self.site or user_site())
+    def _emit(self, number: int, *ins: int, name: int, site: Site | None = None) -> int:
+        """Append one instruction with one output, called `name`; returns the output's slot."""
+        made = len(self.names)
+        self.names.append(name)
+        self.body += (number, *ins, made)
+        self.sites.append(site or self.site or user_site())
         return made
+
+    def _new(self, number: int, *ins: int) -> Block:
+        name = self._next_id
+        self._next_id += 1
+        self.slots[name] = self._emit(number, *ins, name=name)
+        return self.Block(name)
 
     def redistribute(self, block: Block, spec: Spec, placements: Placements) -> tuple[Block, Spec]:
         """The same tensor under other placements."""
         if spec.placements == placements:
             return block, spec
-        number = self.planner.move(spec, placements)
-        slot = self.slots.get(block.id)
-        if slot is None:
-            slot = self.slots[block.id] = len(self.slots)
-        self.slots[self._next_id] = made = len(self.slots)
-        out = Block(self._next_id, self._free)
-        self._next_id += 1
-        self.body.append((number, slot, made))
-        self.sites.append(self.site or user_site())
-        return out, self.specs.get(spec.shape, spec.dtype, placements)
+        made = self._new(self.planner.move(spec, placements), self._slot(block))
+        return made, self.specs.get(spec.shape, spec.dtype, placements)
 
     def place(self, array: np.ndarray[Any, Any], placements: Placements) -> tuple[Block, Spec]:
         """Hand an array to the workers; the session owns `array` from now on (no copy is made)."""
@@ -191,17 +273,12 @@ class Session:
         spec = self.specs.get(array.shape, array.dtype, placements)
         number = self.planner.number(Instr("feed", (), (), (spec.wire,)))
         self.feeds.append((array, placements))
-        self.slots[self._next_id] = slot = len(self.slots)
-        block = Block(self._next_id, self._free)
-        self._next_id += 1
-        self.body.append((number, slot))
-        self.sites.append(self.site or user_site())
-        return block, spec
+        return self._new(number), spec
 
-    def draw(self) -> int:
+    def draw(self) -> Draw:
         """The number of the next random draw."""
         self.draws += 1
-        return self.draws - 1
+        return Draw(self.draws - 1)
 
     # --- sending ------------------------------------------------------------------------------------
 
@@ -223,10 +300,10 @@ class Session:
         if body is not None:
             self.last = body
         self._batch += 1
-        ids = list(self.slots)
+        ids = self.names
         feeds = self._cut_feeds()
         self._sent[self._batch] = Sent(body, ids, self.sites, [])
-        self.stats.recorded += len(self.body)
+        self.stats.recorded += len(self.sites)
         self.stats.batches += 1
         self.stats.digest_hits += body is not None and not fresh
         self.stats.messages += self.mesh.size
@@ -262,9 +339,9 @@ class Session:
             steps = bucket(steps, instrs, self.planner.number)
         numbers = {n: k for k, n in enumerate(dict.fromkeys(s.number for s in steps))}
         program = Program(tuple(instrs[n] for n in numbers),
-                          tuple((numbers[s.number], s.ins, s.outs) for s in steps), len(self.slots), dead)
+                          tuple((numbers[s.number], s.ins, s.outs) for s in steps), len(self.names), dead)
         digest = hashlib.blake2b(msgpack.packb(program), digest_size=16).digest()
-        made: set[int] = set()
+        made = set[int]()
         external: dict[int, None] = {}
         for s in steps:
             external.update(dict.fromkeys(i for i in s.ins if i >= 0 and i not in made))
@@ -289,14 +366,14 @@ class Session:
         """The values of tensors as NumPy arrays of their own. Waits; raises what went wrong on a worker."""
         self.check()
         settled = [self._settled(b, s) for b, s in wanted]
-        batch = self.flush([Fetch(b.id, s.wire) for b, s in settled])
+        batch = self.flush([Fetch(+b, s.wire) for b, s in settled])
         sent = self._sent[batch]
         while self._answered < batch:
             self._collect()
         self._raise_pending()
         for block, _ in settled:
-            if block.id in self._poisoned:
-                raise self._poisoned[block.id]
+            if block in self._poisoned:
+                raise self._poisoned[block]
         return [self._assembled(k, s, sent.replies) for k, (_, s) in enumerate(settled)]
 
     def _settled(self, block: Block, spec: Spec) -> tuple[Block, Spec]:
