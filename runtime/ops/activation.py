@@ -9,7 +9,7 @@ from typing import Any
 from meshtape.runtime import special
 from meshtape.runtime.op import Op, Sample
 from meshtape.runtime.ops.pointwise import exp, greater, mul, tanh, where
-from meshtape.runtime.ops.rules import BOOL, COMPLEX, floated, promoted, unary, unary_samples
+from meshtape.runtime.ops.rules import BOOL, COMPLEX, binary, floated, promoted, unary, unary_samples
 
 
 def _sigmoid(xp: Any, x: Any) -> Any:
@@ -22,11 +22,17 @@ sigmoid = unary("sigmoid", _sigmoid, floated(COMPLEX), elementwise="1 / (1 + exp
                 slope=lambda out, x: out * (1 - out))
 
 relu = unary("relu", lambda xp, x, out=None: xp.maximum(x, 0, out=out), promoted(BOOL, COMPLEX),
-             elementwise="max(x, 0)", keeps="out", vjp=(lambda g, out, x: where(greater(out, 0), g, 0),))
+             elementwise="max(x, 0)", keeps="out", vjp=(lambda g, out, x: relu_grad(g, out),))
+# Unlike where(y > 0, x, 0), whose 0 is an operand, it is declared linear in the gradient x.
+relu_grad: Op = binary(
+    "relu_grad", lambda xp, x, y: special.select(xp, y > 0, x, 0), promoted(BOOL, COMPLEX), linear=((0,),),
+    elementwise="where(y > 0, x, 0)", keeps="y", vjp=(lambda g, out, x, y: relu_grad(g, y), None),
+    samples=lambda: [Sample((shape, shape)) for shape in ((5, 3), (), (2, 1, 4), (0, 3))])
 
 leaky_relu = unary(
-    "leaky_relu", lambda xp, x, negative_slope: xp.where(x > 0, x, x * negative_slope), floated(COMPLEX),
-    attrs={"negative_slope": 0.01}, elementwise="where(x > 0, x, x * negative_slope)", keeps="x",
+    "leaky_relu", lambda xp, x, negative_slope: special.select(xp, x > 0, x, x * negative_slope),
+    floated(COMPLEX), attrs={"negative_slope": 0.01}, keeps="x",
+    elementwise="where(x > 0, x, x * negative_slope)",
     vjp=(lambda g, out, x, negative_slope: where(greater(x, 0), g, g * negative_slope),),
     samples=lambda: [*unary_samples()(), *unary_samples(kinds="f", negative_slope=0.3)()])
 

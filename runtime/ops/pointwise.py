@@ -241,7 +241,7 @@ def _where_samples() -> list[Sample]:
 
 
 where: Op = pointwise(
-    "where", lambda xp, c, x, y: xp.where(c, x, y), _where_rule, elementwise="where(c, x, y)",
+    "where", lambda xp, c, x, y: special.select(xp, c, x, y), _where_rule, elementwise="where(c, x, y)",
     linear=((1, 2),), keeps="c", samples=_where_samples,
     vjp=(None, lambda g, out, c, x, y: unbroadcast(where(c, g, 0), x),
          lambda g, out, c, x, y: unbroadcast(where(c, 0, g), y)))

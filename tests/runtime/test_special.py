@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from meshtape.runtime.special import erf
+from meshtape.runtime.special import erf, select
 
 POINTS = np.concatenate([np.linspace(-7, 7, 20001), np.logspace(-300, 0, 2001), -np.logspace(-20, 1, 501)])
 
@@ -38,3 +38,27 @@ def test_erf_keeps_the_shape_across_blocks_and_strides(shape: tuple[int, ...]) -
     x = np.random.default_rng(0).normal(size=shape)
     np.testing.assert_allclose(erf(np, x), reference(x), rtol=1e-15)
     np.testing.assert_allclose(erf(np, x.T), reference(x.T), rtol=1e-15)
+
+
+DTYPES = ["float16", "float32", "float64", "complex64", "complex128", "int8", "bool"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shapes", [((90, 70),) * 3, ((90, 1), (70,), (90, 70)), ((90, 70), (1,), (90, 1)),
+                                    ((90, 1), (1, 70), (70,)), ((3,), (3,), (3,)), ((), (5,), (5,))])
+def test_select_is_where(dtype: str, shapes: tuple[tuple[int, ...], ...]) -> None:
+    rng = np.random.default_rng(0)
+    c = rng.random(shapes[0]) < 0.5
+    x, y = (np.asarray(rng.normal(size=s) * 3).astype(dtype) for s in shapes[1:])
+    for a, b in ((x, y), (x, 0), (x, 0.0), (0, y), (x, -0.0), (1, y), (x[..., ::-1], y)):
+        if np.result_type(a, b) == dtype:
+            found, wanted = select(np, c, a, b), np.where(c, a, b)
+            np.testing.assert_array_equal(found, wanted)
+            assert found.dtype == wanted.dtype
+            if wanted.dtype.kind == "f":
+                np.testing.assert_array_equal(np.signbit(found), np.signbit(wanted))
+
+
+def test_select_drops_what_is_not_finite() -> None:
+    x = np.full(5000, np.inf, np.float32)
+    np.testing.assert_array_equal(select(np, np.zeros(5000, bool), x, 0), np.zeros(5000))
