@@ -217,14 +217,21 @@ def take(x: Tensor, indices: Any, /, *, axis: int | None = None) -> Tensor:
 
 def take_along_axis(x: Tensor, indices: Any, /, *, axis: int = -1) -> Tensor:
     """out[.., i, ..] = x[.., indices[.., i, ..], ..] along `axis`; the other dimensions broadcast."""
-    op = lookup("take_along_axis")
-    return apply(op, (x, _t(indices)),  # type: ignore[no-any-return]
-                 op.pack({"axis": normalize_axis(axis, x.ndim, "take_along_axis")}))
+    op, indices = lookup("take_along_axis"), _t(indices)
+    a = normalize_axis(axis, x.ndim, "take_along_axis")
+    if x.ndim == indices.ndim:
+        rest = broadcast_shapes("take_along_axis", (*x.shape[:a], 1, *x.shape[a + 1:]),
+                                (*indices.shape[:a], 1, *indices.shape[a + 1:]))
+        x = broadcast_to(x, (*rest[:a], x.shape[a], *rest[a + 1:]))
+        indices = broadcast_to(indices, (*rest[:a], indices.shape[a], *rest[a + 1:]))
+    return apply(op, (x, indices), op.pack({"axis": a}))  # type: ignore[no-any-return]
 
 
 def cumulative_sum(x: Tensor, /, *, axis: int | None = None) -> Tensor:
     """Running sums along `axis` (None: of a 1-D tensor)."""
-    return apply(lookup("cumsum"), (x,), (normalize_axis(0 if axis is None else axis, x.ndim, "cumsum"),))  # type: ignore[no-any-return]
+    op = lookup("cumsum")
+    return apply(op, (x,), op.pack(  # type: ignore[no-any-return]
+        {"axis": normalize_axis(0 if axis is None else axis, x.ndim, "cumulative_sum")}))
 
 
 def sort(x: Tensor, /, *, axis: int = -1, descending: bool = False) -> Tensor:

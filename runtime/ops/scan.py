@@ -60,6 +60,8 @@ cumsum: Op = register(Op(
 def _shifted(x: Any, axis: int, by: int, value: float) -> Any:
     """`x` moved by one element (`by` is 1 or -1) along `axis`; `value` takes the free place."""
     d = normalize_axis(axis, len(x.shape))
+    if not x.shape[d]:
+        return x
     return pad(x, widths=tuple((by, -by) if e == d else (0, 0) for e in range(len(x.shape))), value=value)
 
 
