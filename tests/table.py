@@ -50,11 +50,11 @@ def samples(op: Op) -> list[Sample]:
     return op.samples() if op.samples is not None else []
 
 
-def in_float32(sample: Sample) -> Sample:
-    """The same case in float32, its given arrays included."""
-    inputs = tuple(x.astype(np.float32) if isinstance(x, np.ndarray) and x.dtype == np.float64 else x
+def in_dtype(sample: Sample, dtype: Any) -> Sample:
+    """A float64 case in another floating dtype, its given arrays included."""
+    inputs = tuple(x.astype(dtype) if isinstance(x, np.ndarray) and x.dtype == np.float64 else x
                    for x in sample.inputs)
-    return replace(sample, dtype="float32", inputs=inputs)
+    return replace(sample, dtype=dtype, inputs=inputs)
 
 
 def shapes_of(inputs: Sequence[Any]) -> list[tuple[int, ...]]:

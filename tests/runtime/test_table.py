@@ -13,7 +13,7 @@ import pytest
 from table import (
     assert_same,
     check_layouts,
-    in_float32,
+    in_dtype,
     make_case,
     run_whole,
     samples,
@@ -22,6 +22,8 @@ from table import (
 
 import meshtape.runtime.ops  # noqa: F401  fills the table
 from meshtape.runtime import special
+from meshtape.runtime.dtypes import canonical, kind
+from meshtape.runtime.errors import DTypeError
 from meshtape.runtime.op import TABLE, Axes, Op, Sample, pointwise_axes
 from meshtape.runtime.ops import activation, pointwise, reduce
 from meshtape.runtime.ops.rules import EXPRESSION_FUNCTIONS
@@ -35,7 +37,7 @@ def cases(op: Op) -> Any:
     for sample in samples(op):
         yield make_case(op, sample, rng)
         if sample.dtype == "float64":
-            yield make_case(op, in_float32(sample), rng)
+            yield make_case(op, in_dtype(sample, "float32"), rng)
 
 
 @every_op
@@ -69,6 +71,23 @@ def test_rules_say_what_the_kernel_returns(op: Op) -> None:
         weak = all(not isinstance(x, np.ndarray) or x.dtype == bool for x in case.inputs)
         for result, dtype in zip(results, case.out_dtypes, strict=True):
             assert result.dtype == dtype or weak, f"{where} gives {result.dtype}, its rule says {dtype}"
+
+
+@every_op
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_kernels_take_half_precision(op: Op, dtype: str) -> None:
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    rng = np.random.default_rng(0)
+    for sample in samples(op):
+        if sample.dtype == "float64":
+            try:
+                case = make_case(op, in_dtype(sample, canonical(dtype)), rng)
+            except DTypeError:
+                continue
+            results = run_whole(case)
+            assert [r.shape for r in results] == case.out_shapes
+            assert all(kind(r.dtype) == kind(d) for r, d in zip(results, case.out_dtypes, strict=True))
 
 
 @every_op
