@@ -25,6 +25,8 @@ from meshtape.runtime.collectives.tcp import TcpCommunicator
 from meshtape.runtime.errors import CommError, CommTimeout, MeshError, PeerLost, ShapeError
 
 _BACKLOG = 512
+# Seconds between looks whether a peer that has not called yet is alive, and for such a look.
+_PROBE = 0.5
 _SHM, _TCP = b"S", b"T"
 
 
@@ -104,24 +106,36 @@ class Endpoint:
 
     def dial(self, peer: int, hello: dict[str, Any], near: bool, deadline: float) -> socket.socket:
         """A connection to global rank `peer`, by unix socket if it is `near`."""
-        address = self._addresses[peer]
-        whom = f"rank {peer} at {address['host']}:{address['port']}"
-        sock = socket.socket(socket.AF_UNIX) if near else socket.socket(_family(address["host"]))
+        whom = f"rank {peer} at {self._addresses[peer]['host']}:{self._addresses[peer]['port']}"
+        sock, where = self._socket_to(peer, near)
         try:
-            sock.settimeout(max(0.01, deadline - time.monotonic()))
-            sock.connect("\0" + address["unix"] if near else (address["host"], address["port"]))
+            sock.settimeout(_left(deadline))
+            sock.connect(where)
             handshake.call(sock, self._secret, hello, whom)
         except TimeoutError as error:
             sock.close()
             raise CommTimeout(f"{whom} did not answer rank {self._rank} before the deadline") from error
-        except ConnectionError as error:
+        except OSError as error:
             sock.close()
             message = f"{whom} refused rank {self._rank}'s connection ({error}); it has died or was closed"
             raise PeerLost(message) from error
-        except (OSError, CommError):
+        except CommError:
             sock.close()
             raise
         return sock
+
+    def answers(self, peer: int, near: bool) -> bool:
+        """False if nobody listens where global rank `peer` should."""
+        sock, where = self._socket_to(peer, near)
+        with sock:
+            try:
+                sock.settimeout(_PROBE)
+                sock.connect(where)
+            except TimeoutError:
+                return True  # busy or far away; whoever dials finds out
+            except OSError:
+                return False
+            return True
 
     def near(self, peers: Sequence[int]) -> bool:
         """True if all `peers` say that they share this machine and its network namespace."""
@@ -136,16 +150,27 @@ class Endpoint:
     def take(self, key: str, peer: int, purpose: str, deadline: float) -> socket.socket:
         """The connection that global rank `peer` makes for this group and purpose."""
         wanted = (key, peer, purpose)
-        with self._changed:
-            self._changed.wait_for(lambda: wanted in self._arrived or self._closed,
-                                   max(0.0, deadline - time.monotonic()))
-            if wanted in self._arrived:
-                return self._arrived.pop(wanted)
-            if self._closed:
-                raise CommError(f"rank {self._rank}: the endpoint was closed while a group was being formed")
-            refused = f"; refused meanwhile: {'; '.join(self._refused)}" if self._refused else ""
-            raise CommTimeout(f"rank {self._rank}: rank {peer} did not join group {key} before the deadline; "
-                              f"every member must call group() in the same order{refused}")
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: wanted in self._arrived or self._closed,
+                                       min(_PROBE, _left(deadline)))
+                if wanted in self._arrived:
+                    return self._arrived.pop(wanted)
+                if self._closed:
+                    raise CommError(f"rank {self._rank}: the endpoint was closed while forming group {key}")
+            if not self.answers(peer, near=False):
+                raise PeerLost(f"rank {self._rank}: rank {peer} died or was closed before it joined group "
+                               f"{key}")
+            if time.monotonic() > deadline:
+                refused = f"; refused meanwhile: {'; '.join(self._refused)}" if self._refused else ""
+                raise CommTimeout(f"rank {self._rank}: rank {peer} did not join group {key} before the "
+                                  f"deadline; every member must call group() in the same order{refused}")
+
+    def _socket_to(self, peer: int, near: bool) -> tuple[socket.socket, Any]:
+        address = self._addresses[peer]
+        if near:
+            return socket.socket(socket.AF_UNIX), "\0" + address["unix"]
+        return socket.socket(_family(address["host"])), (address["host"], address["port"])
 
     def _accept(self, listener: socket.socket) -> None:
         while True:
@@ -162,6 +187,9 @@ class Endpoint:
         whom = f"the caller at {whence[0]}:{whence[1]}" if whence else "a caller on this machine"
         try:
             sock.settimeout(self._timeout)
+            if not sock.recv(1, socket.MSG_PEEK):
+                sock.close()  # somebody only looked whether this endpoint is alive
+                return
             hello = handshake.answer(sock, self._secret, whom)
             wanted = (str(hello["group"]), int(hello["rank"]), str(hello["purpose"]))
         except (OSError, CommError, ValueError, KeyError) as error:
@@ -193,19 +221,28 @@ class _Forming:
 
     def communicator(self) -> HostCommunicator:
         try:
-            control = self._connect("control", self.near)
-            fd = self._agree(control)
-            if fd is None:
-                data = self._connect("data", near=False)
-                return TcpCommunicator(self.me, len(self.ranks), data, Links(self.me, control), self.timeout)
-            arena = Arena(fd, len(self.ranks))
-            os.close(fd)
-            return ShmCommunicator(self.me, len(self.ranks), arena, Links(self.me, control), self.timeout,
-                                   self.endpoint.crowded())
-        except BaseException:
+            return self._join()
+        except BaseException as error:
             for sock in self.opened:
                 sock.close()
+            if isinstance(error, TimeoutError):
+                raise CommTimeout(f"group {self.key} was not formed within {self.timeout:g} s") from error
+            if isinstance(error, ConnectionError):
+                raise PeerLost(f"a member died while group {self.key} was being formed: {error}") from error
             raise
+
+    def _join(self) -> HostCommunicator:
+        control = self._connect("control", self.near)
+        fd = self._agree(control)
+        if fd is None:
+            data = self._connect("data", near=False)
+            return TcpCommunicator(self.me, len(self.ranks), data, Links(self.me, control), self.timeout)
+        try:
+            arena = Arena(fd, len(self.ranks))
+        finally:
+            os.close(fd)
+        return ShmCommunicator(self.me, len(self.ranks), arena, Links(self.me, control), self.timeout,
+                               self.endpoint.crowded())
 
     def _connect(self, purpose: str, near: bool) -> dict[int, socket.socket]:
         """One socket per peer, by rank inside the group."""
@@ -213,22 +250,14 @@ class _Forming:
         sockets = {}
         for member, peer in enumerate(self.ranks):
             if member < self.me:
-                sockets[member] = self._dial(peer, hello, near)
+                by_unix = near and self.endpoint.answers(peer, near=True)
+                sockets[member] = self.endpoint.dial(peer, hello, by_unix, self.deadline)
             elif member > self.me:
                 sockets[member] = self.endpoint.take(self.key, peer, purpose, self.deadline)
             else:
                 continue
             self.opened.append(sockets[member])
         return sockets
-
-    def _dial(self, peer: int, hello: dict[str, Any], near: bool) -> socket.socket:
-        if near:
-            try:
-                return self.endpoint.dial(peer, hello, near, self.deadline)
-            except PeerLost:
-                # Alike in all that an address says, and yet apart. If it is dead, the next line says so.
-                pass
-        return self.endpoint.dial(peer, hello, False, self.deadline)
 
     def _agree(self, control: dict[int, socket.socket]) -> int | None:
         """Shared memory if every pair is joined by unix sockets: a descriptor of it, else None.
@@ -238,6 +267,8 @@ class _Forming:
         if not self.near:
             return None
         willing = all(sock.family == socket.AF_UNIX for sock in control.values())
+        for sock in control.values():
+            sock.settimeout(_left(self.deadline))
         if self.me != 0:
             control[0].sendall(_SHM if willing else _TCP)
             answer, fds, _, _ = socket.recv_fds(control[0], 1, 1)
@@ -256,6 +287,10 @@ class _Forming:
             else:
                 socket.send_fds(sock, [_SHM], [fd])
         return fd
+
+
+def _left(deadline: float) -> float:
+    return max(0.01, deadline - time.monotonic())
 
 
 def _family(host: str) -> socket.AddressFamily:

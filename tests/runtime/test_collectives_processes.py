@@ -388,11 +388,43 @@ def test_a_dead_address_and_wrong_ranks_are_told_apart() -> None:
     with pytest.raises(PeerLost, match=r"rank 0 at .* refused rank 1's connection"):
         alive.group([0, 1])
     assert alive.group([1]).kind == "self"
-    with pytest.raises(CommTimeout, match="rank 0 did not join group"):
-        alive.group([1, 0])
     alive.close()
     with pytest.raises(MeshError, match="needs the session's secret"):
         Endpoint()
+
+
+def test_peers_that_only_seem_to_share_a_machine_use_tcp() -> None:
+    """One member's unix socket is out of one other's reach: all must agree on what works for all."""
+    endpoints = [endpoint_of("shm") for _ in range(3)]
+    endpoints[1].address["unix"] = "meshtape-nowhere"
+    addresses = [endpoint.address for endpoint in endpoints]
+    kinds = [""] * 3
+
+    def target(rank: int) -> None:
+        endpoints[rank].connect(rank, addresses)
+        comm = endpoints[rank].group([0, 1, 2])
+        kinds[rank] = comm.kind if comm.all_reduce(np.ones(1))[0] == 3 else "wrong"
+
+    threads = [threading.Thread(target=target, args=(rank,)) for rank in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for endpoint in endpoints:
+        endpoint.close()
+    assert kinds == ["tcp"] * 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_member_that_died_before_is_lost_to_those_who_wait_for_its_call(kind: str) -> None:
+    alive, dead = endpoint_of(kind), endpoint_of(kind)
+    alive.connect(0, [alive.address, dead.address])
+    dead.close()
+    start = time.monotonic()
+    with pytest.raises(PeerLost, match=r"rank 1 died or was closed before it joined group 0\.1#0"):
+        alive.group([0, 1])
+    assert time.monotonic() - start < 1.5
+    alive.close()
 
 
 def test_addresses_are_plain_values() -> None:
