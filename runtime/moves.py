@@ -47,7 +47,7 @@ def compile_hop(xp: Any, shape: Shape, before: Placements, after: Placements, me
         return _to_partial(xp, source, str(target), whole, parts, index)
     if is_partial(source):
         if target == REPLICATE:
-            return lambda x: comm.all_reduce(xp.ascontiguousarray(x), str(source))
+            return lambda x: comm.all_reduce(xp.asarray(x, order="C"), str(source))
         return _reduce_scatter(xp, str(source), int(target), whole, parts, index, comm)
     if source == REPLICATE:
         return _cut(int(target), whole, parts, index)
