@@ -2,7 +2,8 @@
 
 from meshtape.optim import lr_scheduler
 from meshtape.optim.adam import Adam, AdamW
+from meshtape.optim.adaptive import Adagrad, RMSprop
 from meshtape.optim.optimizer import Optimizer
 from meshtape.optim.sgd import SGD
 
-__all__ = ["SGD", "Adam", "AdamW", "Optimizer", "lr_scheduler"]
+__all__ = ["SGD", "Adagrad", "Adam", "AdamW", "Optimizer", "RMSprop", "lr_scheduler"]

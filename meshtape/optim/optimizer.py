@@ -27,8 +27,6 @@ class Optimizer:
     `state` maps each parameter to a dict of its step count and state tensors, laid out like the parameter.
     """
 
-    moments: tuple[str, ...] = ()       # names of the state tensors that every update has
-
     def __init__(self, params: Iterable[Any], defaults: Mapping[str, Any]) -> None:
         self.defaults = dict(defaults)
         self.param_groups: list[Group] = []
@@ -64,7 +62,7 @@ class Optimizer:
 
     def check_group(self, group: Group) -> None:
         """Raise ValueError for hyperparameters that make no sense."""
-        for key in ("lr", "momentum", "weight_decay", "eps", "alpha", "lr_decay"):
+        for key in ("lr", "momentum", "weight_decay", "eps", "alpha", "lr_decay", "initial_accumulator_value"):
             value = group.get(key, 0)
             if isinstance(value, bool) or not isinstance(value, int | float | np.number) or value < 0:
                 raise ValueError(f"{type(self).__name__}: {key} is {value!r}; use a number of 0 or more")
@@ -137,10 +135,15 @@ class Optimizer:
         inputs = (*scalars, *params, *(p.grad for p in params), *(s[name] for name in names for s in states))
         outs = apply(row, inputs, row.pack({"n": n, **attrs}))
         for k, p in enumerate(params):
-            p.block, p.spec = outs[k].block, outs[k].spec
+            self.rebind(p, outs[k])
             states[k]["step"] += 1
             for i, name in enumerate(names):
                 states[k][name] = outs[(i + 1) * n + k]
+
+    def rebind(self, p: Tensor, value: Tensor) -> None:
+        """Let the parameter hold `value`, in its own layout; the handle and its place on the tape stay."""
+        value = value.to_placements(p.spec.placements)
+        p.block, p.spec = value.block, value.spec
 
     # --- state --------------------------------------------------------------------------------------
 
