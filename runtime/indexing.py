@@ -9,13 +9,14 @@ stand side by side, in their place; else first (https://numpy.org/doc/stable/use
 from __future__ import annotations
 
 import operator
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from meshtape.runtime.dtypes import kind
 from meshtape.runtime.errors import ShapeError
-from meshtape.runtime.op import broadcast_shapes
+from meshtape.runtime.op import broadcast_shapes, dispatcher
 from meshtape.runtime.ops.gather import index, index_update
 from meshtape.runtime.ops.index import out_of_range
 from meshtape.runtime.ops.shape import reshape
@@ -187,6 +188,12 @@ def _numbered(entries: list[Any], shape: Shape) -> list[_Part]:
 
 def read(x: Any, key: Any) -> Any:
     """x[key], recorded as rows. Raises IndexError."""
+    plain = _without_arrays(key)
+    if plain is not None:
+        cut, view = _plain_reading(plain, x.shape)
+        record = dispatcher((x,))
+        x = record(slice_, (x,), cut) if cut is not None else x
+        return record(reshape, (x,), view) if view is not None else x
     steps = parse_index(key, tuple(x.shape))
     if not steps.takes_all:
         x = slice_(x, **steps.slices)
@@ -195,6 +202,27 @@ def read(x: Any, key: Any) -> Any:
     if steps.indices:
         x = index(x, *steps.indices, **steps.places)
     return x
+
+
+def _without_arrays(key: Any) -> tuple[Any, ...] | None:
+    """A hashable form of a key of ints, slices, None and Ellipsis; None for any other."""
+    found: list[Any] = []
+    for k in key if type(key) is tuple else (key,):
+        if type(k) is slice:
+            found.append((k.start, k.stop, k.step))
+        elif type(k) is int or k is None or k is Ellipsis:
+            found.append(k)
+        else:
+            return None
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def _plain_reading(key: tuple[Any, ...], shape: Shape) -> tuple[Any, Any]:
+    """Attribute values of the slice and the reshape that read `key`, None for a step that does nothing."""
+    steps = parse_index(tuple(slice(*k) if type(k) is tuple else k for k in key), shape)
+    return (None if steps.takes_all else slice_.pack(steps.slices),
+            None if steps.viewed == steps.sliced else reshape.pack({"shape": steps.viewed}))
 
 
 def write(x: Any, key: Any, value: Any) -> Any:
