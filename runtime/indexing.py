@@ -209,7 +209,10 @@ def _without_arrays(key: Any) -> tuple[Any, ...] | None:
     found: list[Any] = []
     for k in key if type(key) is tuple else (key,):
         if type(k) is slice:
-            found.append((k.start, k.stop, k.step))
+            ends = (k.start, k.stop, k.step)
+            if any(n is not None and type(n) is not int for n in ends):
+                return None
+            found.append(ends)
         elif type(k) is int or k is None or k is Ellipsis:
             found.append(k)
         else:
@@ -218,9 +221,14 @@ def _without_arrays(key: Any) -> tuple[Any, ...] | None:
 
 
 @lru_cache(maxsize=4096)
+def _plain_steps(key: tuple[Any, ...], shape: Shape) -> Indexing:
+    return parse_index(tuple(slice(*k) if type(k) is tuple else k for k in key), shape)
+
+
+@lru_cache(maxsize=4096)
 def _plain_reading(key: tuple[Any, ...], shape: Shape) -> tuple[Any, Any]:
     """Attribute values of the slice and the reshape that read `key`, None for a step that does nothing."""
-    steps = parse_index(tuple(slice(*k) if type(k) is tuple else k for k in key), shape)
+    steps = _plain_steps(key, shape)
     return (None if steps.takes_all else slice_.pack(steps.slices),
             None if steps.viewed == steps.sliced else reshape.pack({"shape": steps.viewed}))
 
@@ -231,7 +239,8 @@ def write(x: Any, key: Any, value: Any) -> Any:
     Where index arrays select an element more than once the last value wins, as in NumPy, and every one of
     those values gets the element's gradient, as in PyTorch. Raises IndexError, ShapeError.
     """
-    steps = parse_index(key, tuple(x.shape))
+    plain = _without_arrays(key)
+    steps = parse_index(key, tuple(x.shape)) if plain is None else _plain_steps(plain, tuple(x.shape))
     if not steps.indices:
         return slice_update(x, _fitted(steps, value), **steps.slices)
     value = _unled(value, steps.result)
