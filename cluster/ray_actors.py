@@ -12,7 +12,7 @@ from math import floor
 from typing import Any
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -164,9 +164,12 @@ def explain(error: BaseException) -> str:
 
 def cause_of(error: BaseException) -> str:
     """The telling line of one of Ray's long errors."""
+    if isinstance(error, RayTaskError):
+        return f"it broke with {type(error.cause).__name__}: {error.cause}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if line.startswith(TELLING)]
-    return (telling[-1] if telling else first_line(error)).rstrip(".")
+    line = telling[-1] if telling else first_line(error)
+    return line.partition(" Some common causes")[0].rstrip(".")
 
 
 def end_processes(pidfds: Sequence[int]) -> None:
