@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 from meshtape.autograd import Tensor, apply
 from meshtape.creation import zeros
@@ -37,12 +38,29 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm
 def grad_norm(grads: list[Tensor], norm_type: float = 2.0) -> Tensor:
     """The norm (2, inf, or any p > 0) of all gradients as one vector: a tensor of shape (), not waited for."""
     if norm_type == 2.0:
-        return apply(lookup("sum_of_squares"), tuple(grads)).sqrt()  # type: ignore[no-any-return]
+        return _sum_of_squares(grads).sqrt()  # type: ignore[attr-defined, no-any-return]
     sizes = [g.abs() for g in grads]  # type: ignore[attr-defined]
     if norm_type == math.inf:
         return stack([s.max() for s in sizes]).max()  # type: ignore[attr-defined, no-any-return]
     powers = stack([(s ** norm_type).sum() for s in sizes])
     return powers.sum() ** (1.0 / norm_type)  # type: ignore[attr-defined, no-any-return]
+
+
+def _sum_of_squares(grads: list[Tensor]) -> Tensor:
+    """One instruction for all gradients that every worker holds whole, one for each that is split.
+
+    The split ones give Partial numbers, which meet in one all-reduce.
+    """
+    row = lookup("sum_of_squares")
+    whole = [g for g in grads if g.spec.placements == g.spec.owner.axes.replicated]
+    parts: list[Any] = [apply(row, (g,)) for g in grads if g.spec.placements != g.spec.owner.axes.replicated]
+    total: Any = parts[0] if parts else None
+    for part in parts[1:]:
+        total = total + part
+    if whole:
+        found = apply(row, tuple(whole))
+        total = found if total is None else total + found
+    return total  # type: ignore[no-any-return]
 
 
 def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
