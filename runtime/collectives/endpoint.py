@@ -59,7 +59,7 @@ class Endpoint:
             unix.listen(_BACKLOG)
             self._listeners.append(unix)
         self.address: dict[str, Any] = {
-            "host": host, "port": self._listeners[0].getsockname()[1], "unix": name, "machine": _machine()}
+            "host": host, "port": self._listeners[0].getsockname()[1], "unix": name, "machine": machine()}
         for listener in self._listeners:
             threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
 
@@ -297,9 +297,12 @@ def _family(host: str) -> socket.AddressFamily:
     return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
-def _machine() -> str:
-    """What two processes have in common if unix sockets and memory can join them; empty if nothing can."""
-    if not SUPPORTED:
+def machine() -> str:
+    """What two processes have in common if unix sockets and memory can join them; empty if nothing can.
+
+    MESHTAPE_TRANSPORT=tcp in the environment makes every process a machine of its own.
+    """
+    if not SUPPORTED or os.environ.get("MESHTAPE_TRANSPORT") == "tcp":
         return ""
     with open("/proc/sys/kernel/random/boot_id") as file:
         boot = file.read().strip()

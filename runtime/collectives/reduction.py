@@ -13,8 +13,8 @@ HostArray = NDArray[Any]
 
 UFUNCS = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multiply}
 
-# Elements reduced at a time when an accumulator is needed: it and its operands stay in the first-level cache.
-BLOCK = 8192
+# Elements reduced at a time when an accumulator is needed: it stays in the second-level cache.
+BLOCK = 32 * 1024
 
 
 def accumulator(dtype: np.dtype[Any], op: str) -> np.dtype[Any]:
@@ -39,12 +39,14 @@ def reduce_into(out: HostArray, parts: Sequence[HostArray], op: str) -> None:
         if len(parts) == 2 and wide == out.dtype:
             ufunc(parts[0], parts[1], out=out)
             return
+        room = np.empty(min(BLOCK, out.size), wide)
         for start in range(0, out.size, BLOCK):
-            stop = start + BLOCK
-            total = ufunc(parts[0][start:stop], parts[1][start:stop], dtype=wide)
+            block = slice(start, min(start + BLOCK, out.size))
+            total = room[:block.stop - start]
+            ufunc(parts[0][block], parts[1][block], out=total, dtype=wide)
             for part in parts[2:]:
-                ufunc(total, part[start:stop], out=total, dtype=wide)
-            np.copyto(out[start:stop], total, casting="unsafe")
+                ufunc(total, part[block], out=total, dtype=wide)
+            np.copyto(out[block], total, casting="unsafe")
 
 
 def complex_product(a: HostArray, b: HostArray, out: HostArray | None = None,

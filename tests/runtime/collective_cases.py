@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+NARROW: tuple[Any, ...] = ("float16",)
 try:
     from ml_dtypes import bfloat16
-    NARROW = ("float16", bfloat16)
+    NARROW += (bfloat16,)
 except ImportError:
-    NARROW = ("float16",)
+    pass
 
 OPS = ("sum", "max", "min", "prod")
 VERBS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "send", "barrier")

@@ -33,7 +33,8 @@ import collective_cases as cases
 
 def on_threads(size: int, body: Callable[[Any], Any], timeout: float = 20.0) -> list[Any]:
     """body(communicator) on one thread per rank: what each returned, or the exception it raised."""
-    group, results = ThreadGroup(size, timeout), [None] * size
+    group = ThreadGroup(size, timeout)
+    results: list[Any] = [None] * size
 
     def target(rank: int) -> None:
         comm = group.communicator(rank)
