@@ -209,7 +209,7 @@ class Planner:
         """Optimizer updates: gradients and states come to where each parameter lies, and results stay there."""
         n = attrs["n"]
         tensors = [i for i, s in enumerate(specs) if not s.weak]
-        homes = [specs[i].placements for i in tensors[:n]]
+        homes = [tuple(REPLICATE if is_partial(p) else p for p in specs[i].placements) for i in tensors[:n]]
         ins = [self.axes.replicated] * len(specs)
         seconds = 0.0
         for k, i in enumerate(tensors):
@@ -273,6 +273,3 @@ def _work(letters: Letters, specs: Sequence[Spec], out_shapes: Sequence[Shape],
         flops *= n
     return flops, traffic
 
-
-def any_partial(placements: Placements) -> bool:
-    return any(is_partial(p) for p in placements)
