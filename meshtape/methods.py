@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from meshtape import contraction, elementwise, manipulation, reductions
 from meshtape.autograd import Tensor, apply, as_tensor
 from meshtape.runtime.errors import ShapeError
@@ -81,23 +79,9 @@ def _setitem(self: Tensor, key: Any, value: Any) -> None:
 
 
 def _plain_key(key: Any) -> Any:
-    """Boolean masks become the indices of their true elements; lists and arrays become tensors."""
+    """The key with the values of boolean tensors in it, for which this waits."""
     parts = key if isinstance(key, tuple) else (key,)
-    out: list[Any] = []
-    for k in parts:
-        if isinstance(k, list | np.ndarray) or (isinstance(k, Tensor) and k.dtype.kind == "b"):
-            values = k.numpy() if isinstance(k, Tensor) else np.asarray(k)
-            if values.size == 0 and isinstance(k, list):
-                values = values.astype(np.int64)
-            if values.dtype.kind == "b" and values.ndim:
-                out.extend(as_tensor(i) for i in np.nonzero(values))
-                continue
-            out.append(as_tensor(values) if values.ndim else values.item())
-        elif isinstance(k, np.generic):
-            out.append(k.item())
-        else:
-            out.append(k)
-    return tuple(out)
+    return tuple([k.numpy() if isinstance(k, Tensor) and k.dtype.kind == "b" else k for k in parts])
 
 
 def _iter(self: Tensor) -> Any:

@@ -134,8 +134,15 @@ class _Truth(NamedTuple):
     array: Any
 
 
+class _Mask(NamedTuple):
+    """Positions of a boolean mask's true elements along one of its dimensions, and the extent of that."""
+
+    array: Any
+    extent: int
+
+
 def _entry(entry: Any) -> list[Any]:
-    """What one entry of a key stands for: an int, a slice, None, Ellipsis, a _Truth, or integer arrays."""
+    """What one entry of a key stands for: an int, a slice, None, Ellipsis, a _Truth, _Masks, or an array."""
     if entry is None or entry is Ellipsis or isinstance(entry, slice):
         return [entry]
     if isinstance(entry, bool | np.bool_):
@@ -152,7 +159,9 @@ def _entry(entry: Any) -> list[Any]:
     known = isinstance(entry, np.ndarray | np.generic)
     of = kind(np.dtype(entry.dtype))
     if of == 0 and known:
-        return list(np.nonzero(entry)) if np.ndim(entry) else [_Truth(np.zeros(int(entry), np.int64))]
+        if not np.ndim(entry):
+            return [_Truth(np.zeros(int(entry), np.int64))]
+        return [_Mask(i, n) for i, n in zip(np.nonzero(entry), entry.shape, strict=True)]
     if of != 1:
         raise IndexError(f"x[...]: an index array must be of integers, got {np.dtype(entry.dtype).name}; "
                          + ("use nonzero, whose result's shape depends on values" if of == 0 else "cast it"))
@@ -172,6 +181,11 @@ def _numbered(entries: list[Any], shape: Shape) -> list[_Part]:
         n = shape[d]
         if isinstance(entry, slice):
             parts.append(_Part("slice", d, entry))
+        elif isinstance(entry, _Mask):
+            if entry.extent != n:
+                raise IndexError(f"x[...]: the mask has {entry.extent} elements along dimension {d} of {n}; "
+                                 "give a mask of equal extent")
+            parts.append(_Part("array", d, entry.array))
         elif isinstance(entry, int):
             if not -n <= entry < n:
                 raise out_of_range("x[...]", entry, n, d)

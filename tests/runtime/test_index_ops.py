@@ -85,7 +85,7 @@ def outcome(function: Any) -> Any:
         return IndexError
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(keys())
 def test_reading_is_numpys(case: Any) -> None:
     shape, key = case
@@ -94,6 +94,8 @@ def test_reading_is_numpys(case: Any) -> None:
     found = outcome(lambda: read(Eager(x), key).array)
     if wanted is IndexError:
         assert found is IndexError
+    elif found is IndexError:
+        assert not wanted.size      # of an empty selection NumPy checks neither indices nor masks
     else:
         np.testing.assert_array_equal(found, wanted)
         assert found.shape == np.shape(wanted) == parse_index(key, shape).result
@@ -108,16 +110,17 @@ def test_a_key_that_numpy_refuses_is_refused(case: Any) -> None:
     if wanted is IndexError:
         assert found is IndexError
     elif found is IndexError:
-        assert not wanted.size      # of an empty selection NumPy does not look at the indices
+        assert not wanted.size
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(keys(), st.data())
 def test_writing_is_numpys(case: Any, data: Any) -> None:
     shape, key = case
     x = np.arange(float(np.prod(shape))).reshape(shape)
     wanted = x.copy()
-    if (part := outcome(lambda: x[key])) is IndexError:
+    part = outcome(lambda: x[key])
+    if part is IndexError or outcome(lambda: parse_index(key, shape)) is IndexError:
         return
     extents = [data.draw(st.sampled_from([1, n])) for n in np.shape(part)]
     leading = extents and not parse_index(key, shape).indices     # NumPy refuses them for some masks
@@ -179,6 +182,7 @@ class Mask:
     (3, "index 3 is out of range for dimension 0 of 3"), ([0, 7], "index 7 is out of range"),
     ((0, -5), "index -5 is out of range for dimension 1 of 4"), ((0, 0, 0), "3 indices"),
     ((..., ...), "2 Ellipsis"), (1.5, "must be an int"), ([0.5], "must be of integers"),
+    ([False] * 4, "mask has 4 elements along dimension 0 of 3"),
     (Mask(), "use nonzero"), (([0, 1], [0, 1, 2]), "do not broadcast")])
 def test_refused_keys_say_why(key: Any, says: str) -> None:
     with pytest.raises(IndexError, match=says):
