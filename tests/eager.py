@@ -39,6 +39,9 @@ class Eager:
     def __add__(self, other: Any) -> Any:
         return lookup("add")(self, other)
 
+    def __neg__(self) -> Any:
+        return lookup("negative")(self)
+
     @staticmethod
     def _apply(op: Op, inputs: tuple[Any, ...], packed: tuple[Any, ...]) -> Any:
         attrs = op.unpack(packed)

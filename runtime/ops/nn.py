@@ -15,13 +15,13 @@ from meshtape.runtime import dtypes
 from meshtape.runtime.errors import DTypeError, ShapeError
 from meshtape.runtime.op import ALPHABET, REQUIRED, Axes, Op, Sample, normalize_axis, register
 from meshtape.runtime.ops.contraction import count_rows, widen
-from meshtape.runtime.ops.pointwise import add, exp, mul, not_equal, sub
+from meshtape.runtime.ops.pointwise import add, exp, mul, negative, not_equal, sub
 from meshtape.runtime.ops.reduce import accumulator, sum_
 from meshtape.runtime.ops.rules import COMPLEX, floated
 from meshtape.runtime.ops.shape import reshape
 from meshtape.runtime.shards import Shape
 
-CACHED = 16384          # elements of a block that stays in a core's cache while several passes go over it
+CACHED = 65536          # elements of a block of rows that stays in a core's cache while several passes go over it
 
 
 def row_blocks(xp: Any, shape: Shape) -> Iterator[slice]:
@@ -121,7 +121,7 @@ def _log_softmax_grad_by_g(u: Any, out: Any, g: Any, y: Any, axis: int) -> Any:
 
 
 def _log_softmax_grad_by_y(u: Any, out: Any, g: Any, y: Any, axis: int) -> Any:
-    return mul(mul(u, exp(y)), -sum_(g, axis=axis, keepdims=True))
+    return negative(mul(mul(u, exp(y)), sum_(g, axis=axis, keepdims=True)))
 
 
 # y * (g - sum(g * y)), with y the softmax: the Jacobian is symmetric, so its product with a vector is itself.
@@ -313,9 +313,10 @@ def _cross_entropy_samples() -> list[Sample]:
             + [Sample(((4, 3), np.array([0, 1, 2, 1])), {"ignore_index": 1})])
 
 
-# Outputs: the sum of the losses and the number of targets that count (both float32 or wider, so that 16-bit floats
-# do not overflow), and the probabilities softmax(logits), which backward keeps. The mean loss is their quotient; as
-# both are Partial under a split batch, one small all-reduce finishes them. The count has no derivative: detach it.
+# Outputs: the sum of the losses and the number of targets that count (both float32 or wider, so that 16-bit
+# floats do not overflow), and the probabilities softmax(logits), which backward keeps. The mean loss is their
+# quotient; as both are Partial under a split batch, one small all-reduce finishes them. The count has no
+# derivative: detach it.
 cross_entropy = register(Op(
     "cross_entropy", kernel=_cross_entropy, attrs=LOSS_ATTRS, shape=_cross_entropy_shape, dtype=_cross_entropy_dtype,
     axes=_cross_entropy_axes, n_out=3, keeps="target out2", vjp=(_cross_entropy_vjp, None),

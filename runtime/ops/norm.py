@@ -21,7 +21,7 @@ from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import ALPHABET, Axes, Op, Sample, register
 from meshtape.runtime.ops.contraction import widen
 from meshtape.runtime.ops.nn import row_blocks
-from meshtape.runtime.ops.pointwise import add, mul, sub
+from meshtape.runtime.ops.pointwise import add, mul, negative, sub
 from meshtape.runtime.ops.reduce import accumulator, mean, sum_
 from meshtape.runtime.ops.rules import COMPLEX, floated
 from meshtape.runtime.ops.shape import broadcast_to
@@ -139,17 +139,14 @@ def _grad_rows(xp: Any, g: Any, x: Any, mean_: Any, rstd: Any, weight: Any, ndim
     out = xp.empty(rows.shape, rows.dtype)
     dweight, dbias = (xp.zeros(width, rows.dtype) for _ in range(2))
     for block in row_blocks(xp, rows.shape):
-        u, r = upstream[block], scale[block]
-        h = rows[block] - center[block]
-        h *= r
-        uh = u * h
+        u, r, dx = upstream[block], scale[block], out[block]
+        h = rows[block] - center[block]         # times r it is h; the factor is left to smaller arrays
+        uh = xp.multiply(u, h, out=dx)
         if weight is not None:
-            ones = xp.ones(len(u), rows.dtype)
-            dweight += ones @ uh
-            dbias += ones @ u
-        h *= (uh @ factor / width)[:, None]
+            dweight += r[:, 0] @ uh
+            dbias += xp.ones(len(u), rows.dtype) @ u
+        h *= r * r * (uh @ factor / width)[:, None]
         h += (u @ factor / width)[:, None]
-        dx = out[block]
         if weight is None:
             xp.subtract(u, h, out=dx)
         else:
@@ -173,7 +170,7 @@ def _through_dx(u: Any, g: Any, x: Any, mean_: Any, rstd: Any, weight: Any, ndim
     back = normalize_grad(u, x, mean_, rstd, ndim=ndim)
     a = g if weight is None else mul(g, weight)
     m_ah, m_uh = mean(mul(a, h), **over), mean(mul(u, h), **over)
-    through_h = mul(-rstd, add(mul(u, m_ah), mul(a, m_uh)))
+    through_h = negative(mul(rstd, add(mul(u, m_ah), mul(a, m_uh))))
     product = sub(sub(mean(mul(u, a), **over), mul(mean(u, **over), mean(a, **over))), mul(m_uh, m_ah))
     through_rstd = mul(mul(mul(rstd, rstd), product), h)
     by_x = sub(normalize_grad(through_h, x, mean_, rstd, ndim=ndim), through_rstd)
@@ -224,8 +221,11 @@ def _normalize_vjp(g: Any, out: Any, x: Any, ndim: int, eps: float) -> Any:
 def _through_statistics(g: Any, out: Any, x: Any, ndim: int) -> Any:
     """The part of dx that comes from use of mean and rstd: dmean/dx = 1 / n, drstd/dx = -rstd**2 * h / n."""
     n = prod(x.shape[x.ndim - ndim:])
-    by_mean = None if g[1] is None else broadcast_to(g[1] / n, shape=tuple(x.shape))
-    by_rstd = None if g[2] is None else mul(mul(out[2] * out[2] * out[2], g[2] / -n), sub(x, out[1]))
+    by_mean = None if g[1] is None else broadcast_to(mul(g[1], 1 / n), shape=tuple(x.shape))
+    if g[2] is None:
+        return by_mean
+    cube = mul(mul(out[2], out[2]), out[2])
+    by_rstd = mul(mul(cube, mul(g[2], -1 / n)), sub(x, out[1]))
     return _plus(by_mean, by_rstd)
 
 

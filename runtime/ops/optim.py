@@ -18,9 +18,11 @@ from meshtape.runtime import dtypes
 from meshtape.runtime.errors import DTypeError, ShapeError
 from meshtape.runtime.op import REQUIRED, Axes, Op, Sample, register
 from meshtape.runtime.ops.contraction import widen
-from meshtape.runtime.ops.nn import CACHED
 from meshtape.runtime.ops.reduce import accumulator
 from meshtape.runtime.shards import Shape
+
+
+CACHED = 32768          # elements of a block that stays in a core's cache while several passes go over it
 
 
 def flat_blocks(xp: Any, size: int) -> Iterator[slice]:
@@ -206,8 +208,8 @@ def _squares_axes(*shapes: Shape) -> Axes:
     return Axes(own_letters(shapes, len(shapes)), ("",), combine="sum" if len(shapes) == 1 else "")
 
 
-# The squared 2-norm of all tensors together, for clipping gradients by their norm. The square of a sum is not the
-# sum of squares, so a Partial input is reduced first. Sharded tensors are best given one by one.
+# The squared 2-norm of all tensors together, for clipping gradients by their norm. The square of a sum is not
+# the sum of squares, so a Partial input is reduced first. Sharded tensors are best given one by one.
 sum_of_squares = register(Op(
     "sum_of_squares", kernel=_sum_of_squares, shape=lambda *shapes: [()], dtype=_squares_dtype, axes=_squares_axes,
     samples=lambda: [Sample(((5, 3), (4,), ()), diff=False), Sample(((5, 3),), diff=False),
