@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from meshtape.cluster import wire
-from meshtape.cluster.channel import Address, Listener, host_key
+from meshtape.cluster.channel import Address, Listener
 from meshtape.cluster.serve import Assignment, Guard, join, serve
-from meshtape.runtime.collectives.endpoint import Endpoint
+from meshtape.runtime.collectives.endpoint import Endpoint, machine
 from meshtape.runtime.gpu import gpu_here
 
 
 class Order(NamedTuple):
-    """What every worker is told first. `driver` is the driver's host_key(), "" to make it listen on TCP."""
+    """What every worker is told first. `driver` is the driver's machine()."""
 
     secret: bytes
     driver: str
@@ -55,7 +55,8 @@ class WorkerActor:
         self._endpoint = Endpoint(ip, order.secret, order.timeout)
         self._listener = None
         if order.channel == "socket":
-            self._listener = Listener(None if order.driver == host_key() else ip, order.secret)
+            near = order.driver and order.driver == machine()
+            self._listener = Listener(None if near else ip, order.secret)
         gpu, no_gpu = gpu_here() if order.wants_gpu else ("", "")
         granted = [int(i) for i in context.get_accelerator_ids().get("GPU", []) if str(i).isdigit()]
         return Site(context.get_node_id(), socket.gethostname(), ip, os.getpid(), gpu,

@@ -6,7 +6,6 @@ prove that they know the session's secret (the collectives' handshake) before an
 
 from __future__ import annotations
 
-import os
 import secrets
 import select
 import socket
@@ -26,12 +25,6 @@ Address = str | tuple[str, int]
 HANDSHAKE_SECONDS = 5.0
 _GATHER = 64                # buffers per system call; Linux takes up to 1024
 _BEAT = bytes([BEAT])
-
-
-def host_key() -> str:
-    """Equal for two processes exactly if an abstract Unix socket of one can be reached by the other."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        return f"{file.read().strip()}/{os.readlink('/proc/self/ns/net')}"
 
 
 class Channel:

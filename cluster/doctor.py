@@ -45,7 +45,7 @@ def python() -> Finding:
 
 
 def numpy() -> Finding:
-    blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})  # type: ignore[attr-defined]
+    blas = np.show_config(mode="dicts").get("Build Dependencies", {}).get("blas", {})
     text = f"numpy {np.__version__} with {blas.get('name', 'no BLAS')} {blas.get('version', '')}".rstrip()
     if "blas" not in text.lower() and "mkl" not in text.lower():
         return Finding("wrong", text, "matrix products will be slow: pip install --force-reinstall numpy")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import shutil
 import socket
 import tempfile
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import ray
@@ -18,12 +21,14 @@ CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")
 # The smallest object store Ray accepts, near enough: tensors never go there.
 OBJECT_STORE_BYTES = 80 * 2**20
 REACH_SECONDS = 3.0
+# A directory younger than this may be about to be locked.
+SWEEP_AFTER_SECONDS = 60.0
 
 
 class RayConnection:
     """`started`: this Ray runs for us alone and ends with us. `joined`: we connected and will disconnect."""
 
-    def __init__(self, started: bool, joined: bool, directory: str = "") -> None:
+    def __init__(self, started: bool, joined: bool, directory: Directory | None = None) -> None:
         self.started = started
         self.joined = joined
         self._directory = directory
@@ -32,9 +37,37 @@ class RayConnection:
         """Undo what connect() did, and no more."""
         if (self.started or self.joined) and ray.is_initialized():
             ray.shutdown()
-        if self._directory:
-            shutil.rmtree(self._directory, ignore_errors=True)      # its log writers may still hold files
-            self._directory = ""
+        if self._directory is not None:
+            self._directory.remove()
+            self._directory = None
+
+
+class Directory:
+    """Where a Ray started here keeps its sockets and logs, so that "auto" goes on meaning the user's clusters.
+
+    Not under TMPDIR, which may be too deep for the 107 characters of a Unix socket's path. It is locked while
+    its driver lives; those that killed drivers left behind go when the next one starts.
+    """
+
+    def __init__(self, parent: str = "/tmp") -> None:
+        for old in Path(parent).glob("meshtape-*/lock"):
+            sweep(old)
+        self.path = tempfile.mkdtemp(prefix="meshtape-", dir=parent)
+        self._lock = open(Path(self.path, "lock"), "w")  # noqa: SIM115
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)        # Ray's log writers may still hold files
+        self._lock.close()
+
+
+def sweep(lock: Path) -> None:
+    """Remove the directory of `lock` if it is old, ours, and its driver is gone."""
+    with suppress(OSError):
+        if lock.stat().st_uid == os.getuid() and time.time() - lock.stat().st_mtime > SWEEP_AFTER_SECONDS:
+            with open(lock) as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)        # BlockingIOError if the driver lives
+                shutil.rmtree(lock.parent, ignore_errors=True)
 
 
 def connect(address: str | None) -> RayConnection:
@@ -50,12 +83,10 @@ def connect(address: str | None) -> RayConnection:
 
 
 def _start() -> RayConnection:
-    # A directory of its own keeps "auto" pointing at the user's clusters; it goes when this Ray goes. Not
-    # under TMPDIR, which may be too deep for the 107 characters of a Unix socket's path.
-    directory = tempfile.mkdtemp(prefix="meshtape-", dir="/tmp")
+    directory = Directory()
     try:
         ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR,
-                 object_store_memory=OBJECT_STORE_BYTES, _temp_dir=directory)
+                 object_store_memory=OBJECT_STORE_BYTES, _temp_dir=directory.path)
     except BaseException:
         RayConnection(started=True, joined=False, directory=directory).close()
         raise

@@ -12,13 +12,14 @@ import ray
 
 from meshtape.cluster.actor import Order, Site
 from meshtape.cluster.call_mesh import CallMesh
-from meshtape.cluster.channel import Channel, dial, host_key
+from meshtape.cluster.channel import Channel, dial
 from meshtape.cluster.mesh import mesh_axes
 from meshtape.cluster.process_mesh import Place, ProcessMesh
 from meshtape.cluster.ray_actors import RayActors, alive_nodes
 from meshtape.cluster.ray_connect import connect
 from meshtape.cluster.serve import Assignment
 from meshtape.cluster.socket_mesh import SocketMesh
+from meshtape.runtime.collectives.endpoint import machine
 from meshtape.runtime.errors import MeshError
 from meshtape.runtime.worker import Worker
 
@@ -53,8 +54,7 @@ def start(workers: int | None, mesh: Mapping[str, int] | None = None, *, address
         gpu = devices == "gpu" or (devices is None and gpus >= workers)
         actors.spawn(workers, gpu, environment(workers, gpu, threads_per_worker), health=channel == "ray")
         secret = secrets.token_bytes(32)
-        here = "" if os.environ.get("MESHTAPE_TRANSPORT") == "tcp" else host_key()
-        actors.prepare(Order(secret, here, channel, timeout, gpu, make_worker))
+        actors.prepare(Order(secret, machine(), channel, timeout, gpu, make_worker))
         device = common_device(actors.sites, devices)
         assignments = [Assignment(rank, shape, [site.endpoint for site in actors.sites], device, timeout)
                        for rank in range(workers)]

@@ -66,6 +66,8 @@ class Guard:
         self.leaving.set()
         for communicator in self._communicators:
             communicator.abort(reason)
+        if self._channel is not None:
+            self._channel.close()
         time.sleep(GRACE_SECONDS)
         os._exit(1)
 

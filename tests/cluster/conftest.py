@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import secrets
 import subprocess
 import sys
@@ -153,22 +152,3 @@ def vanishes():
             time.sleep(0.05)
         return not alive(pid)
     return wait
-
-
-@pytest.fixture
-def driver(tmp_path):
-    """driver(text): run a program in a process of its own, its output piped; killed at the end."""
-    running = []
-
-    def start(text):
-        path = tmp_path / "driver.py"
-        path.write_text(text)
-        environment = {**os.environ, "PYTHONPATH": str(STANDIN.parent), "OMP_NUM_THREADS": "1"}
-        running.append(subprocess.Popen([sys.executable, str(path)], stdout=subprocess.PIPE,
-                                        stderr=subprocess.PIPE, text=True, env=environment))
-        return running[-1]
-
-    yield start
-    for process in running:
-        process.kill()
-        process.communicate()
