@@ -43,7 +43,7 @@ class RayConnection:
 
 
 class Directory:
-    """Where a Ray started here keeps its sockets and logs, so that "auto" goes on meaning the user's clusters.
+    """Where a Ray started here keeps its sockets and logs: apart, so that "auto" finds the user's clusters.
 
     Not under TMPDIR, which may be too deep for the 107 characters of a Unix socket's path. It is locked while
     its driver lives; those that killed drivers left behind go when the next one starts.
