@@ -22,6 +22,7 @@ class Step(NamedTuple):
     dtypes: tuple[Any, ...]
     release: tuple[int, ...]
     feed: bool
+    op: str
     meets: tuple[TensorType, ...]      # of a collective: the inputs' types; empty otherwise
 
 
@@ -70,6 +71,7 @@ def compile_program(program: Program, site: Site) -> Compiled:
             release[at].append(slot)
     steps = tuple(
         Step(calls[k][0], ins, outs, calls[k][1], calls[k][2], tuple(release[at]), program.instrs[k].op == "feed",
+             program.instrs[k].op,
              tuple(t for t in program.instrs[k].ins if t is not None) if calls[k][3] else ())
         for at, (k, ins, outs) in enumerate(program.steps))
     return Compiled(steps, program.n_slots, tuple(external), tuple(s for s in external if s in dead),

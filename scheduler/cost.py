@@ -54,7 +54,13 @@ def move_bytes(before: Placement, after: Placement, whole: float, n: int) -> flo
 
 
 def move_seconds(before: Placement, after: Placement, whole: float, n: int, link: Link) -> float:
-    """Time of that change. Cutting a replicated tensor is local and costs nothing worth counting."""
+    """Time of that change. Cutting a replicated tensor is local and costs nothing worth counting.
+
+    Spreading a sharded tensor over Partial moves nothing either, but whoever reads it must reduce it whole: that
+    is priced in, or plans would put off an all-gather for an all-reduce of twice the cost.
+    """
+    if n > 1 and is_partial(after) and not is_partial(before) and before != REPLICATE:
+        return move_seconds(after, REPLICATE, whole, n, link)
     wire = move_bytes(before, after, whole, n)
     if n == 1 or before == after or before == REPLICATE or is_partial(after):
         return 0.0

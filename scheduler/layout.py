@@ -130,7 +130,7 @@ def parse_layout(layout: AnyLayout, axes: Axes, ndim: int) -> Placements:
     else:
         raise LayoutError(f"layout {layout!r} is none; use Shard(dim), Replicate(), Partial(), a dict by axis "
                           f"name, or a sequence with one placement per mesh axis")
-    return tuple(out)
+    return tuple(p if n > 1 else REPLICATE for p, n in zip(out, axes.shape, strict=True))
 
 
 def data_axis(axes: Axes) -> int:
