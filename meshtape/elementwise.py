@@ -6,6 +6,8 @@ from typing import Any
 
 from meshtape.autograd import Tensor, apply
 from meshtape.autograd.record import as_operand
+from meshtape.runtime.dtypes import kind
+from meshtape.runtime.errors import DTypeError
 from meshtape.runtime.op import Op, lookup
 
 UNARY = {
@@ -82,8 +84,12 @@ def round(x: Any, /, decimals: int = 0) -> Tensor:
 
 
 def masked_fill(x: Tensor, mask: Any, value: Any) -> Tensor:
-    """`value` where `mask` is true, else `x`; shapes broadcast, the dtype is that of `x`."""
+    """`value` where `mask` is true, else `x`; shapes broadcast, the dtype is that of `x`, which must hold the value
+    (DTypeError for a fraction in an integer tensor, or a complex number in a real one).
+    """
     out = where(mask, value, x)
+    if kind(out.dtype) > max(kind(x.dtype), 1):
+        raise DTypeError(f"masked_fill: a value of dtype {out.dtype} does not fit a tensor of dtype {x.dtype}; cast one")
     return out if out.dtype == x.dtype else apply(lookup("astype"), (out,), (x.dtype.name,))  # type: ignore[no-any-return]
 
 
