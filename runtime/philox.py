@@ -1,19 +1,21 @@
 """Counter-based random bits: any element of any draw, without the ones before it.
 
-The generator is Philox-4x64 with 10 rounds (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as easy as
-1, 2, 3"), in the stream order of numpy.random.Philox. A stream is named by (seed, draw), both taken modulo 2**64:
+The generator is Philox-4x64 with 10 rounds (Salmon, Moraes, Dror, Shaw 2011, "Parallel random numbers: as
+easy as 1, 2, 3"), in the stream order of numpy.random.Philox. A stream is named by (seed, draw), both taken
+modulo 2**64:
 
     word[i] = philox4x64_10(counter=(i // 4 + 1, 0, 0, 0), key=(seed, draw))[i % 4]
 
-(the counter's first element is its least significant; NumPy advances it before the first block, hence the + 1).
-Elements of a tensor are numbered in C order over the *whole* tensor, so results depend neither on the number of
-workers nor on the layout. What an element takes from its stream:
+(the counter's first element is its least significant; NumPy advances it before the first block, hence the +
+1). Elements of a tensor are numbered in C order over the *whole* tensor, so results depend neither on the
+number of workers nor on the layout. What an element takes from its stream:
 
     half[e]       32 bits: word[e // 2] >> (32 * (e % 2)), truncated
     float32       (half[e] >> 8) * 2**-24, in [0, 1)
     float64       (word[e] >> 11) * 2**-53, in [0, 1)
-    normal        elements 2k and 2k + 1 share a = ((word[2k] >> 11) + 1) * 2**-53 and b = (word[2k + 1] >> 11) *
-                  2**-53: sqrt(-2 log a) * cos(2 pi b) and sqrt(-2 log a) * sin(2 pi b), computed in float64
+    normal        elements 2k and 2k + 1 share a = ((word[2k] >> 11) + 1) * 2**-53 and
+                  b = (word[2k + 1] >> 11) * 2**-53: they are sqrt(-2 log a) * cos(2 pi b) and
+                  sqrt(-2 log a) * sin(2 pi b), computed in float64
     integer       low + mulhi(word[e], high - low), the high half of the 128-bit product
     dropped       half[e] < round(p * 2**32)
 
@@ -65,7 +67,8 @@ def _numpy_words(seed: int, draw: int, start: int, count: int) -> Any:
 def _array_words(xp: Any, seed: int, draw: int, start: int, count: int) -> Any:
     """The same from array operations alone: for devices, and the reference for a kernel written for one."""
     first, last = start // 4, -(-(start + count) // 4)
-    c = [xp.arange(first + 1, last + 1, dtype=xp.uint64), *(xp.zeros(last - first, xp.uint64) for _ in range(3))]
+    zero = xp.zeros(last - first, xp.uint64)
+    c = [xp.arange(first + 1, last + 1, dtype=xp.uint64), zero, zero, zero]
     key = [seed & MASK64, draw & MASK64]
     for _ in range(ROUNDS):
         (hi0, lo0), (hi1, lo1) = (wide_product(xp, c[2 * i], MULTIPLIERS[i]) for i in range(2))
@@ -115,7 +118,8 @@ def normal(xp: Any, seed: int, draw: int, start: int, count: int) -> Any:
 
 
 def below(xp: Any, seed: int, draw: int, start: int, count: int, extent: int) -> Any:
-    """Integers in [0, extent) as uint64; 1 <= extent <= 2**64. Each is likelier than another by at most 2**-64."""
+    """Integers in [0, extent) as uint64; 1 <= extent <= 2**64. Each is likelier than another by at most
+    2**-64."""
     found = words(xp, seed, draw, start, count)
     return found if extent == 2**64 else wide_product(xp, found, extent)[0]
 
@@ -133,8 +137,8 @@ def chosen(xp: Any, seed: int, draw: int, start: int, count: int, p: float) -> A
 def fill(xp: Any, values: Fill, out: Any, offset: Shape, whole: Shape) -> Any:
     """Write `values(start, count)` of a piece's elements into the contiguous array `out`, and return it.
 
-    `values` gives a run of elements by their number in the whole tensor. Where a piece lies in many short runs
-    (a split of the last dimension), the gaps between neighbours are made too and left out.
+    `values` gives a run of elements by their number in the whole tensor. Where a piece lies in many short
+    runs (a split of the last dimension), the gaps between neighbours are made too and left out.
     """
     if out.size:
         _fill(xp, values, out, offset, whole, 0)

@@ -1,7 +1,7 @@
 """Products that sum over shared dimensions: matmul, linear layers, einsum.
 
-Every row here is multilinear, so Partial passes through each input alone, and a split contraction letter makes
-the output Partial: tensor parallelism and the gradient all-reduce are both this rule.
+Every row here is multilinear, so Partial passes through each input alone, and a split contraction letter
+makes the output Partial: tensor parallelism and the gradient all-reduce are both this rule.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def _matmul_shape(x: Shape, y: Shape, transpose_x: bool, transpose_y: bool) -> l
     _check_matrices(x, y, transpose_x, transpose_y)
     a, b = _transposed(x, transpose_x), _transposed(y, transpose_y)
     if a[-1] != b[-2 if len(b) > 1 else 0]:
-        raise ShapeError(f"matmul: inner axes differ, {a} @ {b}; transpose an operand or check the layer sizes")
+        raise ShapeError(f"matmul: inner axes differ, {a} @ {b}; transpose an operand or check the layer "
+                         f"sizes")
     return [broadcast_shapes("matmul", a[:-2], b[:-2]) + a[-2:-1] + (b[-1:] if len(b) > 1 else ())]
 
 
@@ -53,15 +54,18 @@ def _matmul_axes(x: Shape, y: Shape, transpose_x: bool, transpose_y: bool) -> Ax
     batch = broadcast_shapes("matmul", x[:-2], y[:-2])
     names = ALPHABET[:len(batch)]
     k, m, n = "KMN"
-    stretch = lambda shape: "".join(names[i] if size == batch[i] else "." for i, size in
-                                    enumerate(shape[:-2], start=len(batch) - len(shape[:-2])))
+
+    def stretch(shape: Shape) -> str:
+        lead = len(batch) - len(shape[:-2])
+        return "".join(names[i] if size == batch[i] else "." for i, size in enumerate(shape[:-2], start=lead))
+
     left = k if len(x) == 1 else stretch(x) + (k + m if transpose_x else m + k)
     right = k if len(y) == 1 else stretch(y) + (n + k if transpose_y else k + n)
     return Axes((left, right), (names + (m if len(x) > 1 else "") + (n if len(y) > 1 else ""),))
 
 
-def _matmul(xp: Any, x: Any, y: Any, transpose_x: bool = False, transpose_y: bool = False, out: Any = None) -> Any:
-    """Transposes stay views, which BLAS reads in place; leading dimensions of x become rows of one product."""
+def _matmul(xp: Any, x: Any, y: Any, transpose_x: bool, transpose_y: bool, out: Any = None) -> Any:
+    """Transposes stay views, which BLAS reads in place; leading dimensions of x become rows of a matrix."""
     dtype = x.dtype
     x, y = widen(x), widen(y)
     if transpose_x:
@@ -106,7 +110,8 @@ def _matmul_vjp_y(g: Any, out: Any, x: Any, y: Any, transpose_x: bool, transpose
 
 def _outer(left: Any, right: Any) -> Any:
     """left[..., i] * right[..., j]; either may lack the other's batch dimensions."""
-    return mul(reshape(left, shape=(*left.shape, 1)), reshape(right, shape=(*right.shape[:-1], 1, right.shape[-1])))
+    rows = reshape(right, shape=(*right.shape[:-1], 1, right.shape[-1]))
+    return mul(reshape(left, shape=(*left.shape, 1)), rows)
 
 
 def _times_vectors(matrices: Any, vectors: Any, transpose: bool) -> Any:
@@ -116,28 +121,29 @@ def _times_vectors(matrices: Any, vectors: Any, transpose: bool) -> Any:
 
 
 def _matmul_samples() -> list[Sample]:
-    shapes = [((5,), (5,)), ((4, 5), (5,)), ((5,), (5, 3)), ((4, 5), (5, 3)), ((1, 5), (5, 1)), ((4, 0), (0, 3)),
-              ((2, 4, 5), (5, 3)), ((2, 4, 5), (5,)), ((5,), (2, 5, 3)), ((4, 5), (2, 5, 3)),
-              ((2, 4, 5), (2, 5, 3)), ((2, 1, 4, 5), (3, 5, 2)), ((3, 4, 5), (1, 5, 2))]
+    shapes = [((5,), (5,)), ((4, 5), (5,)), ((5,), (5, 3)), ((4, 5), (5, 3)), ((1, 5), (5, 1)),
+              ((4, 0), (0, 3)), ((2, 4, 5), (5, 3)), ((2, 4, 5), (5,)), ((5,), (2, 5, 3)),
+              ((4, 5), (2, 5, 3)), ((2, 4, 5), (2, 5, 3)), ((2, 1, 4, 5), (3, 5, 2)), ((3, 4, 5), (1, 5, 2))]
     turned = [((5, 4), (5, 3), True, False), ((4, 5), (3, 5), False, True), ((5, 4), (3, 5), True, True),
-              ((2, 5, 4), (5, 3), True, False), ((2, 4, 5), (3, 5), False, True), ((2, 5, 4), (3, 5), True, True),
-              ((2, 5, 4), (5,), True, False), ((5,), (2, 3, 5), False, True), ((2, 1, 5, 4), (3, 2, 5), True, True)]
+              ((2, 5, 4), (5, 3), True, False), ((2, 4, 5), (3, 5), False, True),
+              ((2, 5, 4), (3, 5), True, True), ((2, 5, 4), (5,), True, False), ((5,), (2, 3, 5), False, True),
+              ((2, 1, 5, 4), (3, 2, 5), True, True)]
     return [Sample(s) for s in shapes] + [
         Sample((x, y), {"transpose_x": tx, "transpose_y": ty}) for x, y, tx, ty in turned]
 
 
-matmul = register(Op(
+matmul: Op = register(Op(
     "matmul", kernel=_matmul, attrs={"transpose_x": False, "transpose_y": False}, shape=_matmul_shape,
-    dtype=promoted(BOOL)("matmul"), axes=_matmul_axes, linear=((0,), (1,)), vjp=(_matmul_vjp_x, _matmul_vjp_y),
-    keeps="x y", samples=_matmul_samples))
+    dtype=promoted(BOOL)("matmul"), axes=_matmul_axes, linear=((0,), (1,)), keeps="x y",
+    vjp=(_matmul_vjp_x, _matmul_vjp_y), samples=_matmul_samples))
 
 
 # --- linear layers ----------------------------------------------------------------------------------
 
 def _linear_shape(x: Shape, w: Shape, b: Shape) -> list[Shape]:
     if len(w) != 2 or not x or x[-1] != w[1]:
-        raise ShapeError(f"linear: weight is (out, in) and the input's last dimension must be in, got input {x} "
-                         f"and weight {w}; check the layer sizes")
+        raise ShapeError(f"linear: weight is (out, in) and the input's last dimension must be in, got input "
+                         f"{x} and weight {w}; check the layer sizes")
     if b != (w[0],):
         raise ShapeError(f"linear: bias must be ({w[0]},) for weight {w}, got {b}")
     return [(*x[:-1], w[0])]
@@ -157,14 +163,14 @@ def _linear(xp: Any, x: Any, w: Any, b: Any, out: Any = None) -> Any:
     return y.reshape(*x.shape[:-1], w.shape[0]).astype(dtype, copy=False)
 
 
-linear = register(Op(
+linear: Op = register(Op(
     "linear", kernel=_linear, shape=_linear_shape, dtype=promoted(BOOL)("linear"), axes=_linear_axes,
     linear=((0, 2), (1, 2)), keeps="x w",
     vjp=(lambda g, out, x, w, b: matmul(g, conjugate(w)),
          lambda g, out, x, w, b: linear_weight_grad(g, conjugate(x)),
          lambda g, out, x, w, b: sum_(g, axis=tuple(range(g.ndim - 1))) if g.ndim > 1 else g),
-    samples=lambda: [Sample(s) for s in (((6, 5), (3, 5), (3,)), ((5,), (3, 5), (3,)), ((2, 4, 5), (3, 5), (3,)),
-                                         ((0, 5), (3, 5), (3,)), ((1, 1), (1, 1), (1,)))]))
+    samples=lambda: [Sample(s) for s in (((6, 5), (3, 5), (3,)), ((5,), (3, 5), (3,)), ((0, 5), (3, 5), (3,)),
+                                         ((2, 4, 5), (3, 5), (3,)), ((1, 1), (1, 1), (1,)))]))
 
 
 def _weight_grad_shape(g: Shape, x: Shape) -> list[Shape]:
@@ -188,9 +194,10 @@ def _linear_weight_grad(xp: Any, g: Any, x: Any, out: Any = None) -> Any:
     return found.astype(dtype, copy=False)
 
 
-linear_weight_grad = register(Op(
+linear_weight_grad: Op = register(Op(
     "linear_weight_grad", kernel=_linear_weight_grad, shape=_weight_grad_shape,
     dtype=promoted(BOOL)("linear_weight_grad"), axes=_weight_grad_axes, linear=((0,), (1,)), keeps="g x",
-    vjp=(lambda u, out, g, x: matmul(conjugate(x), u, transpose_y=True), lambda u, out, g, x: matmul(conjugate(g), u)),
+    vjp=(lambda u, out, g, x: matmul(conjugate(x), u, transpose_y=True),
+         lambda u, out, g, x: matmul(conjugate(g), u)),
     samples=lambda: [Sample(s) for s in (((6, 3), (6, 5)), ((3,), (5,)), ((2, 4, 3), (2, 4, 5)),
                                          ((0, 3), (0, 5)), ((1, 1), (1, 2)))]))

@@ -25,11 +25,12 @@ def made_axes(out: Shape, inputs: int) -> Axes:
 # A 0-d tensor is taken as the value as well.
 full = register(Op(
     "full", kernel=lambda xp, value, shape, dtype: xp.full(shape, value, canonical(dtype)),
-    attrs={"shape": REQUIRED, "dtype": REQUIRED}, shape=lambda value, shape, dtype: [tuple(shape)], dtype=made_dtype,
-    axes=lambda value, shape, dtype: made_axes(shape, 1), local=lambda attrs, io: {**attrs, "shape": io.outs[0].shape},
+    attrs={"shape": REQUIRED, "dtype": REQUIRED}, shape=lambda value, shape, dtype: [tuple(shape)],
+    dtype=made_dtype, axes=lambda value, shape, dtype: made_axes(shape, 1),
+    local=lambda attrs, io: {**attrs, "shape": io.outs[0].shape},
     samples=lambda: [Sample((v,), {"shape": s, "dtype": d}, diff=False) for v, s, d in [
-        (1.5, (5, 3), "float32"), (0, (), "int64"), (True, (4,), "bool"), (2, (0, 3), "float64"), (1, (1, 7), "int8"),
-        (1 + 2j, (3,), "complex64")]]))
+        (1.5, (5, 3), "float32"), (0, (), "int64"), (True, (4,), "bool"), (2, (0, 3), "float64"),
+        (1, (1, 7), "int8"), (1 + 2j, (3,), "complex64")]]))
 
 
 # --- ranges -----------------------------------------------------------------------------------------
@@ -58,12 +59,14 @@ arange = register(Op(
     shape=lambda start, step, n, **attrs: [(n,)], dtype=made_dtype,
     axes=lambda start, step, n, **attrs: made_axes((n,), 2), local=_local_run,
     samples=lambda: [Sample((a, s), {"n": n, "dtype": d}, diff=False) for a, s, n, d in [
-        (0, 1, 7, "int64"), (3, -2, 5, "int32"), (0.5, 0.25, 9, "float32"), (0, 1, 0, "float64"), (5, 1, 1, "uint8"),
-        (2**53, 1, 5, "int64"), (0, 1, 6, "float16"), (2**60, 2, 4, "uint64"), (0.5, 1.5, 4, "int64")]]))
+        (0, 1, 7, "int64"), (3, -2, 5, "int32"), (0.5, 0.25, 9, "float32"), (0, 1, 0, "float64"),
+        (5, 1, 1, "uint8"), (2**53, 1, 5, "int64"), (0, 1, 6, "float16"), (2**60, 2, 4, "uint64"),
+        (0.5, 1.5, 4, "int64")]]))
 
 
-def _linspace(xp: Any, start: Any, stop: Any, n: int, dtype: str, endpoint: bool, offset: int, whole: int | None) -> Any:
-    """As numpy.linspace: i * step + start in float64, the last element exactly stop, integers rounded down."""
+def _linspace(xp: Any, start: Any, stop: Any, n: int, dtype: str, endpoint: bool, offset: int,
+              whole: int | None) -> Any:
+    """As numpy.linspace: i * step + start in float64, the last one exactly stop, integers rounded down."""
     count = n if whole is None else whole
     wanted = canonical(dtype)
     parts = max(1, count - 1 if endpoint else count)
@@ -104,4 +107,5 @@ eye = register(Op(
     shape=lambda n, m, **attrs: [(n, m)], dtype=made_dtype, axes=lambda n, m, **attrs: made_axes((n, m), 0),
     local=_local_eye,
     samples=lambda: [Sample((), {"n": n, "m": m, "k": k, "dtype": d}, diff=False) for n, m, k, d in [
-        (5, 5, 0, "float32"), (3, 7, 2, "float64"), (7, 3, -1, "int64"), (0, 4, 0, "float32"), (1, 1, 5, "bool")]]))
+        (5, 5, 0, "float32"), (3, 7, 2, "float64"), (7, 3, -1, "int64"), (0, 4, 0, "float32"),
+        (1, 1, 5, "bool")]]))

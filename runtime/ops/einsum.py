@@ -1,8 +1,8 @@
 """Einstein summation over any number of operands.
 
-The row takes a superset of the usual notation, so that its derivative is the same row with the equation turned
-round: an output letter that no operand has is broadcast, and a letter that the output repeats writes a diagonal.
-Both need the attribute `shape`, the whole output shape; users' equations do without.
+The row takes a superset of the usual notation, so that its derivative is the same row with the equation
+turned round: an output letter that no operand has is broadcast, and a letter that the output repeats writes a
+diagonal. Both need the attribute `shape`, the whole output shape; users' equations do without.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Terms = tuple[str, ...]
 def parse(equation: str, ndims: tuple[int, ...]) -> tuple[Terms, str]:
     """Index letters of every operand and of the output, with ellipses spelt out in letters of their own.
 
-    Without "->" the output has the ellipsis, then the letters that occur once, in alphabetical order. An ellipsis
-    that the output lacks is summed over, as in torch.einsum. Raises ShapeError.
+    Without "->" the output has the ellipsis, then the letters that occur once, in alphabetical order. An
+    ellipsis that the output lacks is summed over, as in torch.einsum. Raises ShapeError.
     """
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
@@ -36,7 +36,8 @@ def parse(equation: str, ndims: tuple[int, ...]) -> tuple[Terms, str]:
         raise ShapeError(f"einsum: {equation!r} names {len(terms)} operands, got {len(ndims)}")
     dots = [_ellipsis_dims(equation, term, ndim) for term, ndim in zip(terms, ndims, strict=True)]
     most = max(dots)
-    spare = "".join(itertools.islice((c for c in map(chr, itertools.count(0x100)) if c not in equation), most))
+    unused = (c for c in map(chr, itertools.count(0x100)) if c not in equation)
+    spare = "".join(itertools.islice(unused, most))
     ins = tuple(t.replace("...", spare[most - d:]) for t, d in zip(terms, dots, strict=True))
     if not arrow:
         named = left.replace("...", "").replace(",", "")
@@ -48,7 +49,8 @@ def parse(equation: str, ndims: tuple[int, ...]) -> tuple[Terms, str]:
 def _check_letters(equation: str, term: str) -> None:
     for c in term:
         if not c.isalpha():
-            raise ShapeError(f"einsum: {c!r} in {equation!r} is not an index; use letters, '...', ',' and '->'")
+            raise ShapeError(f"einsum: {c!r} in {equation!r} is not an index; use letters, '...', ',' and "
+                             f"'->'")
 
 
 def _ellipsis_dims(equation: str, term: str, ndim: int) -> int:
@@ -69,8 +71,8 @@ def extents_of(equation: str, ins: Terms, shapes: tuple[Shape, ...], out: str, s
     for term, extents in known:
         for c, n in zip(term, extents, strict=True):
             if found.get(c, 1) not in (1, n) and n != 1:
-                raise ShapeError(f"einsum: {equation!r} gives the index {c!r} the extents {found[c]} and {n}; "
-                                 f"shapes {', '.join(map(str, shapes))}")
+                raise ShapeError(f"einsum: {equation!r} gives the index {c!r} the extents {found[c]} and "
+                                 f"{n}, in {', '.join(map(str, shapes))}; give it one extent (or 1)")
             if n != 1 or c not in found:
                 found[c] = n
     return found
@@ -96,9 +98,9 @@ def _einsum_axes(*shapes: Shape, equation: str, shape: Shape | None) -> Axes:
     ins, out = parse(equation, tuple(map(len, shapes)))
     extents = extents_of(equation, ins, shapes, out, shape)
     whole = {c for term in (*ins, out) for c in term if term.count(c) > 1}
-    return Axes(tuple("".join("." if c in whole or n != extents[c] else c for c, n in zip(term, s, strict=True))
-                      for term, s in zip(ins, shapes, strict=True)),
-                ("".join("." if c in whole else c for c in out),))
+    named = lambda term, s: "".join("." if c in whole or n != extents[c] else c
+                                    for c, n in zip(term, s, strict=True))
+    return Axes(tuple(map(named, ins, shapes)), ("".join("." if c in whole else c for c in out),))
 
 
 def _einsum_local(attrs: dict[str, Any], io: IO) -> dict[str, Any]:
@@ -163,10 +165,13 @@ def _alone(x: Any, term: str, elsewhere: set[str]) -> tuple[Any, str]:
 
 
 def _diagonal(xp: Any, x: Any, term: str, keep: str) -> Any:
-    """A view in which the dimensions of one letter are stepped through together; stretched ones stand still."""
-    extent = {c: max((x.shape[d] for d, e in enumerate(term) if e == c and x.shape[d] != 1), default=1) for c in keep}
-    steps = {c: sum(x.strides[d] for d, e in enumerate(term) if e == c and x.shape[d] != 1) for c in keep}
-    return xp.lib.stride_tricks.as_strided(x, tuple(extent[c] for c in keep), tuple(steps[c] for c in keep))
+    """A view in which the dimensions of one letter are stepped through together; those of 1 stand still."""
+    shape, strides = [], []
+    for c in keep:
+        dims = [d for d, e in enumerate(term) if e == c and x.shape[d] != 1]
+        shape.append(x.shape[dims[0]] if dims else 1)
+        strides.append(sum(x.strides[d] for d in dims))
+    return xp.lib.stride_tricks.as_strided(x, shape, strides)
 
 
 def _cheapest_pair(terms: list[tuple[Any, str]], out: str, extents: dict[str, int]) -> tuple[int, int]:
@@ -186,9 +191,11 @@ def _product(xp: Any, a: Any, ta: str, b: Any, tb: str, keep: set[str]) -> tuple
     size = {**dict(zip(ta, a.shape, strict=True)), **dict(zip(tb, b.shape, strict=True))}
     shape = tuple(size[c] for c in batch + left + right)
     if not summed:
-        a = a.transpose([ta.index(c) for c in batch + left]).reshape(shape[:len(batch + left)] + (1,) * len(right))
+        a = a.transpose([ta.index(c) for c in batch + left])
         b = b.transpose([tb.index(c) for c in batch + right])
-        return a * b.reshape(shape[:len(batch)] + (1,) * len(left) + b.shape[len(batch):]), batch + left + right
+        a = a.reshape(a.shape + (1,) * len(right))
+        b = b.reshape(b.shape[:len(batch)] + (1,) * len(left) + b.shape[len(batch):])
+        return a * b, batch + left + right
     rows = _matrices(a, ta, batch, left, summed, size)
     columns = _matrices(b, tb, batch, right, summed, size)
     return xp.matmul(rows, columns.swapaxes(-1, -2)).reshape(shape), batch + left + right
@@ -198,10 +205,11 @@ def _matrices(x: Any, term: str, batch: str, free: str, summed: str, size: dict[
     """`x` as (batch, free, summed); where it is stored the other way round, a transposed view."""
     counts = [prod(size[c] for c in group) for group in (batch, free, summed)]
     lead = counts[:1] if batch else []
-    if not term or term[-1] in summed:
-        return x.transpose([term.index(c) for c in batch + free + summed]).reshape(*lead, counts[1], counts[2])
-    turned = x.transpose([term.index(c) for c in batch + summed + free]).reshape(*lead, counts[2], counts[1])
-    return turned.swapaxes(-1, -2)
+    straight = not term or term[-1] in summed
+    x = x.transpose([term.index(c) for c in batch + (free + summed if straight else summed + free)])
+    if straight:
+        return x.reshape(*lead, counts[1], counts[2])
+    return x.reshape(*lead, counts[2], counts[1]).swapaxes(-1, -2)
 
 
 def _place(xp: Any, x: Any, core: str, out: str, shape: Shape | None) -> Any:
@@ -217,21 +225,24 @@ def _place(xp: Any, x: Any, core: str, out: str, shape: Shape | None) -> Any:
 
 
 def _einsum_samples() -> list[Sample]:
-    plain = [("i->", (3,)), ("i,j->ij", (3,), (4,)), ("ij->i", (2, 3)), ("ij,kj->ik", (2, 3), (1, 3)),
-             ("ij,Ab->ijAb", (2, 3), (4, 4)), ("aij,ajk->aik", (2, 5, 3), (2, 3, 4)), ("ij,jk", (4, 5), (5, 3)),
-             ("ijk,ik->j", (1, 2, 3), (1, 3)), ("iji->j", (3, 4, 3)), ("i...->...", (3, 3)), ("ba", (2, 3)),
-             ("...ik, ...j -> ij", (5, 2, 3), (3,)), ("bij,bij->b", (3, 2, 4), (3, 2, 4)), ("ij,ij->ij", (5, 3), (5, 3)),
-             ("ij,jk,kl->il", (4, 3), (3, 5), (5, 2)), ("i,i,i->i", (7,), (7,), (7,)), ("ii", (3, 3)),
-             ("...ij,...jk->...ik", (2, 4, 3), (3, 5)), ("ij,j->i", (4, 1), (5,)), ("ij,jk->ik", (0, 3), (3, 2)),
-             ("ij,jk->ik", (4, 0), (0, 2)), (",i->i", (), (3,)), ("b h q d, b h k d -> b h q k", (2, 2, 3, 4), (2, 2, 5, 4)),
-             ("ij,kj,lj->ikl", (3, 4), (2, 4), (5, 4)), ("iij,jk->ik", (3, 3, 4), (4, 2))]
-    turned = [("i->ij", (5, 3), (5,)), ("j->iji", (3, 4, 3), (4,)), ("i->ii", (3, 3), (3,)), ("->ab", (2, 3), ()),
-              ("ij,jk->ikl", (4, 5, 2), (4, 3), (3, 5))]
-    return ([Sample(tuple(shapes), {"equation": equation}) for equation, *shapes in plain]
-            + [Sample(tuple(shapes), {"equation": equation, "shape": shape}) for equation, shape, *shapes in turned])
+    plain = [
+        ("i->", (3,)), ("i,j->ij", (3,), (4,)), ("ij->i", (2, 3)), ("ij,kj->ik", (2, 3), (1, 3)),
+        ("ij,Ab->ijAb", (2, 3), (4, 4)), ("aij,ajk->aik", (2, 5, 3), (2, 3, 4)), ("ij,jk", (4, 5), (5, 3)),
+        ("ijk,ik->j", (1, 2, 3), (1, 3)), ("iji->j", (3, 4, 3)), ("i...->...", (3, 3)), ("ba", (2, 3)),
+        ("...ik, ...j -> ij", (5, 2, 3), (3,)), ("bij,bij->b", (3, 2, 4), (3, 2, 4)), ("ii", (3, 3)),
+        ("ij,ij->ij", (5, 3), (5, 3)), ("ij,jk,kl->il", (4, 3), (3, 5), (5, 2)), (",i->i", (), (3,)),
+        ("i,i,i->i", (7,), (7,), (7,)), ("...ij,...jk->...ik", (2, 4, 3), (3, 5)), ("ij,j->i", (4, 1), (5,)),
+        ("ij,jk->ik", (0, 3), (3, 2)), ("ij,jk->ik", (4, 0), (0, 2)), ("iij,jk->ik", (3, 3, 4), (4, 2)),
+        ("b h q d, b h k d -> b h q k", (2, 2, 3, 4), (2, 2, 5, 4)),
+        ("ij,kj,lj->ikl", (3, 4), (2, 4), (5, 4))]
+    turned = [("i->ij", (5, 3), (5,)), ("j->iji", (3, 4, 3), (4,)), ("i->ii", (3, 3), (3,)),
+              ("->ab", (2, 3), ()), ("ij,jk->ikl", (4, 5, 2), (4, 3), (3, 5))]
+    found = [Sample(tuple(shapes), {"equation": equation}) for equation, *shapes in plain]
+    return found + [Sample(tuple(shapes), {"equation": equation, "shape": shape})
+                    for equation, shape, *shapes in turned]
 
 
-einsum = register(Op(
+einsum: Op = register(Op(
     "einsum", kernel=_einsum, attrs={"equation": REQUIRED, "shape": None}, shape=_einsum_shape,
-    dtype=promoted(BOOL)("einsum"), axes=_einsum_axes, linear=tuple((i,) for i in range(16)), local=_einsum_local,
-    vjp=_einsum_vjp, keeps="xs", samples=_einsum_samples))
+    dtype=promoted(BOOL)("einsum"), axes=_einsum_axes, linear=tuple((i,) for i in range(16)),
+    local=_einsum_local, vjp=_einsum_vjp, keeps="xs", samples=_einsum_samples))

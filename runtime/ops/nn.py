@@ -1,7 +1,7 @@
 """Softmax, classification losses and dropout: rows with a fused kernel and a derivative of their own.
 
-Sums inside a row (softmax's, a sample's loss) run along the class dimension, which is never split; 16-bit floats
-are accumulated in float32.
+Sums inside a row (softmax's, a sample's loss) run along the class dimension, which is never split; 16-bit
+floats are accumulated in float32.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from meshtape.runtime.ops.rules import COMPLEX, floated
 from meshtape.runtime.ops.shape import reshape
 from meshtape.runtime.shards import Shape
 
-CACHED = 65536          # elements of a block of rows that stays in a core's cache while several passes go over it
+CACHED = 65536          # elements of a block of rows that stays in cache while several passes go over it
 
 
 def row_blocks(xp: Any, shape: Shape) -> Iterator[slice]:
-    """Runs of rows that a kernel of several passes goes through one after the other; all at once on a device."""
+    """Runs of rows that a kernel of several passes takes one after the other; all at once on a device."""
     rows, width = shape
     step = max(1, CACHED // max(1, width)) if xp is np else max(1, rows)
     return (slice(at, at + step) for at in range(0, rows, step))
@@ -49,7 +49,8 @@ def _axis_axes(*shapes: Shape, axis: int) -> Axes:
 
 
 def _along(rowwise: Callable[..., None]) -> Callable[..., Any]:
-    """A kernel over any axis from `rowwise(xp, out, *rows)`, which fills `out` (rows, width) from equal arrays."""
+    """A kernel over any axis from `rowwise(xp, out, *rows)`, which fills `out` (rows, width) from equal
+    arrays."""
     def kernel(xp: Any, *arrays: Any, axis: int) -> Any:
         dtype, shape = arrays[0].dtype, arrays[0].shape
         turned = [widen(a) if a.ndim == 0 else widen(a).swapaxes(axis, -1) for a in arrays]
@@ -64,7 +65,8 @@ def _along(rowwise: Callable[..., None]) -> Callable[..., Any]:
 
 
 def row_max(xp: Any, rows: Any) -> Any:
-    """The largest element of each row, as a column. Through argmax, which NumPy vectorizes along short rows."""
+    """The largest element of each row, as a column. Through argmax, which NumPy vectorizes along short
+    rows."""
     return rows[xp.arange(len(rows)), rows.argmax(axis=-1)][:, None]
 
 
@@ -95,25 +97,26 @@ def _log_softmax_grad_rows(xp: Any, out: Any, g: Any, y: Any) -> None:
 
 
 def _softmax_samples(inputs: int) -> Callable[[], list[Sample]]:
-    cases = [((5,), 0), ((5, 3), 0), ((5, 3), -1), ((2, 4, 3), 1), ((2, 0, 0), -1), ((), 0), ((0, 3), 1), ((1, 1), 0)]
+    cases = [((5,), 0), ((5, 3), 0), ((5, 3), -1), ((2, 4, 3), 1), ((2, 0, 0), -1), ((), 0), ((0, 3), 1),
+             ((1, 1), 0)]
     return lambda: [Sample((shape,) * inputs, {"axis": axis}, low=-5, high=5) for shape, axis in cases]
 
 
 def _rowwise(name: str, rowwise: Callable[..., None], inputs: int, **columns: Any) -> Op:
     return register(Op(
-        name, kernel=_along(rowwise), attrs={"axis": -1}, shape=_axis_shape(name), dtype=floated(COMPLEX)(name),
-        axes=_axis_axes, samples=_softmax_samples(inputs), **columns))
+        name, kernel=_along(rowwise), attrs={"axis": -1}, shape=_axis_shape(name),
+        dtype=floated(COMPLEX)(name), axes=_axis_axes, samples=_softmax_samples(inputs), **columns))
 
 
-softmax = _rowwise("softmax", _softmax_rows, 1, keeps="out",
+softmax: Op = _rowwise("softmax", _softmax_rows, 1, keeps="out",
                    vjp=(lambda g, out, x, axis: softmax_grad(g, out, axis=axis),))
-log_softmax = _rowwise("log_softmax", _log_softmax_rows, 1, keeps="out",
+log_softmax: Op = _rowwise("log_softmax", _log_softmax_rows, 1, keeps="out",
                        vjp=(lambda g, out, x, axis: log_softmax_grad(g, out, axis=axis),))
 
 
 def _softmax_grad_by_y(u: Any, out: Any, g: Any, y: Any, axis: int) -> Any:
-    total = lambda t: sum_(t, axis=axis, keepdims=True)
-    return sub(mul(u, sub(g, total(mul(g, y)))), mul(g, total(mul(u, y))))
+    gy, uy = (sum_(mul(t, y), axis=axis, keepdims=True) for t in (g, u))
+    return sub(mul(u, sub(g, gy)), mul(g, uy))
 
 
 def _log_softmax_grad_by_g(u: Any, out: Any, g: Any, y: Any, axis: int) -> Any:
@@ -125,11 +128,11 @@ def _log_softmax_grad_by_y(u: Any, out: Any, g: Any, y: Any, axis: int) -> Any:
 
 
 # y * (g - sum(g * y)), with y the softmax: the Jacobian is symmetric, so its product with a vector is itself.
-softmax_grad = _rowwise(
+softmax_grad: Op = _rowwise(
     "softmax_grad", _softmax_grad_rows, 2, linear=((0,),), keeps="arrays",
     vjp=(lambda u, out, g, y, axis: softmax_grad(u, y, axis=axis), _softmax_grad_by_y))
 # g - exp(y) * sum(g), with y the log-softmax.
-log_softmax_grad = _rowwise(
+log_softmax_grad: Op = _rowwise(
     "log_softmax_grad", _log_softmax_grad_rows, 2, linear=((0,),), keeps="arrays",
     vjp=(_log_softmax_grad_by_g, _log_softmax_grad_by_y))
 
@@ -151,8 +154,8 @@ def target_dtype(name: str, target: Any) -> Any:
 
 def _target_shape(name: str, x: Shape, target: Shape) -> None:
     if not x or target != x[:class_axis(len(x))] + x[class_axis(len(x)) + 1:]:
-        raise ShapeError(f"{name}: classes lie along dimension {class_axis(max(1, len(x)))} of the input, and the "
-                         f"target has the other dimensions, got input {x} and target {target}")
+        raise ShapeError(f"{name}: classes lie along dimension {class_axis(max(1, len(x)))} of the input, "
+                         f"and the target has the other dimensions, got input {x} and target {target}")
 
 
 def _class_letters(ndim: int) -> tuple[str, str]:
@@ -205,7 +208,8 @@ def _nll_axes(logp: Shape, target: Shape, ignore_index: int) -> Axes:
 def _nll(xp: Any, logp: Any, target: Any, ignore_index: int) -> Any:
     rows = _class_rows(xp, logp)
     index, valid = _counted(xp, "nll", target, rows.shape[1], ignore_index)
-    return xp.where(valid, -rows[xp.arange(len(index)), index], 0).astype(logp.dtype, copy=False).reshape(target.shape)
+    losses = xp.where(valid, -rows[xp.arange(len(index)), index], 0)
+    return losses.astype(logp.dtype, copy=False).reshape(target.shape)
 
 
 def _nll_dtype(logp: Any, target: Any, ignore_index: int) -> tuple[list[Any], list[Any]]:
@@ -233,19 +237,20 @@ def _nll_grad_axes(g: Shape, target: Shape, classes: int, ignore_index: int) -> 
 
 
 def _target_cases() -> list[tuple[Shape, Any]]:
-    return [((6, 4), np.array([0, 3, 1, 2, 2, -100])), ((4,), np.array(2)), ((2, 3, 5), np.arange(10).reshape(2, 5) % 3),
-            ((2, 3, 2, 2), np.array([[[0, 1], [2, -100]], [[1, 1], [-100, 0]]])), ((0, 3), np.zeros(0, np.int64)),
-            ((1, 3), np.array([1], np.int32)), ((3, 2), np.array([-100, -100, -100]))]
+    return [((6, 4), np.array([0, 3, 1, 2, 2, -100])), ((4,), np.array(2)), ((0, 3), np.zeros(0, np.int64)),
+            ((2, 3, 5), np.arange(10).reshape(2, 5) % 3), ((1, 3), np.array([1], np.int32)),
+            ((2, 3, 2, 2), np.array([[[0, 1], [2, -100]], [[1, 1], [-100, 0]]])),
+            ((3, 2), np.array([-100, -100, -100]))]
 
 
-nll = register(Op(
+nll: Op = register(Op(
     "nll", kernel=_nll, attrs={"ignore_index": -100}, shape=_nll_shape, dtype=_nll_dtype, axes=_nll_axes,
     linear=((0,),), keeps="target",
     vjp=(lambda g, out, logp, target, ignore_index: nll_grad(
         g, target, classes=logp.shape[class_axis(logp.ndim)], ignore_index=ignore_index), None),
     samples=lambda: [Sample((x, t)) for x, t in _target_cases()] + [
         Sample(((3, 3), np.array([0, 1, 2])), {"ignore_index": 1})]))
-nll_grad = register(Op(
+nll_grad: Op = register(Op(
     "nll_grad", kernel=_nll_grad, attrs={"classes": REQUIRED, "ignore_index": -100}, shape=_nll_grad_shape,
     dtype=lambda g, target, **attrs: ([g, target], [g]), axes=_nll_grad_axes, linear=((0,),), keeps="target",
     vjp=(lambda u, out, g, target, classes, ignore_index: nll(u, target, ignore_index=ignore_index), None),
@@ -284,7 +289,8 @@ def _cross_entropy(xp: Any, logits: Any, target: Any, ignore_index: int, label_s
             losses[block] = _loss_rows(xp, p[block], rows[block], index[block], label_smoothing)
     total = xp.where(valid, losses, 0).sum()
     count = valid.sum().astype(rows.dtype)
-    return total, count, _from_class_rows(xp, p, target).astype(logits.dtype, copy=False).reshape(logits.shape)
+    p = _from_class_rows(xp, p, target).reshape(logits.shape)
+    return total, count, p.astype(logits.dtype, copy=False)
 
 
 def _loss_rows(xp: Any, p: Any, x: Any, index: Any, label_smoothing: float) -> Any:
@@ -317,10 +323,10 @@ def _cross_entropy_samples() -> list[Sample]:
 # floats do not overflow), and the probabilities softmax(logits), which backward keeps. The mean loss is their
 # quotient; as both are Partial under a split batch, one small all-reduce finishes them. The count has no
 # derivative: detach it.
-cross_entropy = register(Op(
-    "cross_entropy", kernel=_cross_entropy, attrs=LOSS_ATTRS, shape=_cross_entropy_shape, dtype=_cross_entropy_dtype,
-    axes=_cross_entropy_axes, n_out=3, keeps="target out2", vjp=(_cross_entropy_vjp, None),
-    samples=_cross_entropy_samples))
+cross_entropy: Op = register(Op(
+    "cross_entropy", kernel=_cross_entropy, attrs=LOSS_ATTRS, shape=_cross_entropy_shape,
+    dtype=_cross_entropy_dtype, axes=_cross_entropy_axes, n_out=3, keeps="target out2",
+    vjp=(_cross_entropy_vjp, None), samples=_cross_entropy_samples))
 
 
 def _cross_entropy_grad_shape(g: Shape, p: Shape, target: Shape, **attrs: Any) -> list[Shape]:
@@ -339,7 +345,8 @@ def _cross_entropy_grad_axes(g: Shape, p: Shape, target: Shape, **attrs: Any) ->
     return Axes(("", x, t), (x,))
 
 
-def _cross_entropy_grad(xp: Any, g: Any, p: Any, target: Any, ignore_index: int, label_smoothing: float) -> Any:
+def _cross_entropy_grad(xp: Any, g: Any, p: Any, target: Any, ignore_index: int,
+                        label_smoothing: float) -> Any:
     """g * (p - q) with q the (smoothed) one-hot target; 0 for ignored samples."""
     rows = _class_rows(xp, p)
     index, valid = _counted(xp, "cross_entropy", target, rows.shape[1], ignore_index)
@@ -355,13 +362,14 @@ def _cross_entropy_grad_by_g(u: Any, out: Any, g: Any, p: Any, target: Any, **at
     return sum_(mul(u, cross_entropy_grad(1.0, p, target, **attrs)))
 
 
-def _cross_entropy_grad_by_p(u: Any, out: Any, g: Any, p: Any, target: Any, ignore_index: int, **attrs: Any) -> Any:
+def _cross_entropy_grad_by_p(u: Any, out: Any, g: Any, p: Any, target: Any, ignore_index: int,
+                             **attrs: Any) -> Any:
     axis = class_axis(p.ndim)
     valid = reshape(not_equal(target, ignore_index), shape=(*p.shape[:axis], 1, *p.shape[axis + 1:]))
     return mul(mul(u, valid), g)
 
 
-cross_entropy_grad = register(Op(
+cross_entropy_grad: Op = register(Op(
     "cross_entropy_grad", kernel=_cross_entropy_grad, attrs=LOSS_ATTRS, shape=_cross_entropy_grad_shape,
     dtype=_cross_entropy_grad_dtype, axes=_cross_entropy_grad_axes, linear=((0,),), keeps="g p target",
     vjp=(_cross_entropy_grad_by_g, _cross_entropy_grad_by_p, None),

@@ -1,7 +1,7 @@
 """Layer normalization: one fused row forward and one backward, with and without the affine part.
 
-With x over the last `ndim` dimensions (n elements), mean and rstd = 1 / sqrt(var + eps) of each row are outputs
-that backward keeps. With h = (x - mean) * rstd, m(.) the mean over a row, and a = g * weight:
+With x over the last `ndim` dimensions (n elements), mean and rstd = 1 / sqrt(var + eps) of each row are
+outputs that backward keeps. With h = (x - mean) * rstd, m(.) the mean over a row, and a = g * weight:
 
     dx = rstd * (a - m(a) - h * m(a * h)),   dweight = sum over rows of g * h,   dbias = sum over rows of g
 
@@ -122,15 +122,16 @@ def _grad_axes(g: Shape, x: Shape, mean_: Shape, rstd: Shape, *weight: Shape, nd
 
 def _layer_norm_grad(xp: Any, g: Any, x: Any, mean_: Any, rstd: Any, weight: Any, ndim: int) -> Any:
     dx, dweight, dbias = _grad_rows(xp, g, x, mean_, rstd, widen(weight).reshape(-1), ndim)
-    like = lambda d: d.reshape(weight.shape).astype(weight.dtype, copy=False)
-    return dx, like(dweight), like(dbias)
+    dweight, dbias = (d.reshape(weight.shape).astype(weight.dtype, copy=False) for d in (dweight, dbias))
+    return dx, dweight, dbias
 
 
 def _normalize_grad(xp: Any, g: Any, x: Any, mean_: Any, rstd: Any, ndim: int) -> Any:
     return _grad_rows(xp, g, x, mean_, rstd, None, ndim)[0]
 
 
-def _grad_rows(xp: Any, g: Any, x: Any, mean_: Any, rstd: Any, weight: Any, ndim: int) -> tuple[Any, Any, Any]:
+def _grad_rows(xp: Any, g: Any, x: Any, mean_: Any, rstd: Any, weight: Any,
+               ndim: int) -> tuple[Any, Any, Any]:
     """(dx, dweight, dbias); the last two are zeros without a weight. Row sums are matrix-vector products."""
     rows, upstream = as_rows(x, ndim), as_rows(g, ndim)
     center, scale = mean_.reshape(-1, 1), rstd.reshape(-1, 1)
@@ -189,7 +190,8 @@ def _plus(a: Any, b: Any) -> Any:
     return b if a is None else a if b is None else add(a, b)
 
 
-def _layer_norm_grad_vjp(u: Any, out: Any, g: Any, x: Any, mean_: Any, rstd: Any, weight: Any, ndim: int) -> Any:
+def _layer_norm_grad_vjp(u: Any, out: Any, g: Any, x: Any, mean_: Any, rstd: Any, weight: Any,
+                         ndim: int) -> Any:
     total: Grads = (None, None, None)
     terms: list[Grads] = []
     if u[0] is not None:
@@ -209,7 +211,9 @@ def _normalize_grad_vjp(u: Any, out: Any, g: Any, x: Any, mean_: Any, rstd: Any,
 
 
 def _layer_norm_vjp(g: Any, out: Any, x: Any, weight: Any, bias: Any, ndim: int, eps: float) -> Any:
-    found = (None, None, None) if g[0] is None else layer_norm_grad(g[0], x, out[1], out[2], weight, ndim=ndim)
+    found: Grads = (None, None, None)
+    if g[0] is not None:
+        found = layer_norm_grad(g[0], x, out[1], out[2], weight, ndim=ndim)
     return _plus(found[0], _through_statistics(g, out, x, ndim)), found[1], found[2]
 
 
@@ -249,18 +253,20 @@ def _grad_samples(affine: bool) -> Callable[[], list[Sample]]:
     return make
 
 
-layer_norm = register(Op(
+layer_norm: Op = register(Op(
     "layer_norm", kernel=_layer_norm, attrs=NORM_ATTRS, shape=_normalize_shape, dtype=_normalize_dtype,
     axes=_normalize_axes, n_out=3, vjp=_layer_norm_vjp, keeps="x weight out1 out2",
-    samples=lambda: [Sample((s, s[len(s) - n:], s[len(s) - n:]), {"ndim": n, "eps": 0.1}) for s, n in _SHAPES]))
-normalize = register(Op(
+    samples=lambda: [Sample((s, s[len(s) - n:], s[len(s) - n:]), {"ndim": n, "eps": 0.1})
+                     for s, n in _SHAPES]))
+normalize: Op = register(Op(
     "normalize", kernel=_normalize, attrs=NORM_ATTRS, shape=_normalize_shape, dtype=_normalize_dtype,
     axes=_normalize_axes, n_out=3, vjp=_normalize_vjp, keeps="x out1 out2",
     samples=lambda: [Sample((s,), {"ndim": n, "eps": 0.1}) for s, n in _SHAPES]))
-layer_norm_grad = register(Op(
+layer_norm_grad: Op = register(Op(
     "layer_norm_grad", kernel=_layer_norm_grad, attrs={"ndim": 1}, shape=_grad_shape, dtype=_grad_dtype,
     axes=_grad_axes, n_out=3, linear=((0,),), vjp=_layer_norm_grad_vjp, keeps="g x mean_ rstd weight",
     samples=_grad_samples(True)))
-normalize_grad = register(Op(
+normalize_grad: Op = register(Op(
     "normalize_grad", kernel=_normalize_grad, attrs={"ndim": 1}, shape=_grad_shape, dtype=_grad_dtype,
-    axes=_grad_axes, linear=((0,),), vjp=_normalize_grad_vjp, keeps="g x mean_ rstd", samples=_grad_samples(False)))
+    axes=_grad_axes, linear=((0,),), vjp=_normalize_grad_vjp, keeps="g x mean_ rstd",
+    samples=_grad_samples(False)))

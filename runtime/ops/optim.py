@@ -1,9 +1,10 @@
 """Optimizer updates: one instruction for all parameters of a model.
 
 Inputs are the hyperparameters as Python scalars (so that a schedule changes no program), then n parameters, n
-gradients and n of each state; outputs are n new parameters and n of each new state. Nothing is updated in place.
-Every tensor has its own letters, which a parameter shares with its gradient and its states: n_out is -1, so each
-parameter is updated where its shards lie, whatever the layouts of the others. The arithmetic is that of torch.optim's single-tensor functions.
+gradients and n of each state; outputs are n new parameters and n of each new state. Nothing is updated in
+place. Every tensor has its own letters, which a parameter shares with its gradient and its states: n_out is
+-1, so each parameter is updated where its shards lie, whatever the layouts of the others. The arithmetic is
+that of torch.optim's single-tensor functions.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from meshtape.runtime.op import REQUIRED, Axes, Op, Sample, register
 from meshtape.runtime.ops.contraction import widen
 from meshtape.runtime.ops.reduce import accumulator
 from meshtape.runtime.shards import Shape
-
 
 CACHED = 32768          # elements of a block that stays in a core's cache while several passes go over it
 
@@ -50,8 +50,8 @@ def _columns(name: str, scalars: int, states: Callable[..., int]) -> dict[str, A
             raise ShapeError(f"{name}: needs {groups} tensors for each of {n} parameters, got {len(tensors)}")
         for k, found in enumerate(tensors):
             if found != tensors[k % n]:
-                raise ShapeError(f"{name}: parameter {k % n} has shape {tensors[k % n]}, but its gradient or state "
-                                 f"has {found}")
+                raise ShapeError(f"{name}: parameter {k % n} has shape {tensors[k % n]}, but its gradient or "
+                                 f"state has {found}; all must agree")
         return [*tensors[:n], *tensors[2 * n:]]
 
     def dtype(*given: Any, n: int, **attrs: Any) -> tuple[list[Any], list[Any]]:
@@ -114,19 +114,19 @@ sgd_update = register(Op(
     attrs={"n": REQUIRED, "nesterov": False, "maximize": False, "has_momentum": False},
     **_columns("sgd_update", 4, lambda has_momentum, **attrs: int(has_momentum)),
     samples=lambda: [
-        Sample((0.1, 0.9, 0.1, 0.01, (5, 3), (4,), (5, 3), (4,), (5, 3), (4,)), {"n": 2, "has_momentum": True}, diff=False),
-        Sample((0.1, 0.9, 0.0, 0.0, (), (7,), (), (7,), (), (7,)),
+        Sample((0.1, 0.9, 0.1, 0.01, *((5, 3), (4,)) * 3), {"n": 2, "has_momentum": True}, diff=False),
+        Sample((0.1, 0.9, 0.0, 0.0, *((), (7,)) * 3),
                {"n": 2, "has_momentum": True, "nesterov": True, "maximize": True}, diff=False),
         Sample((0.1, 0.9, 0.0, 0.1, (5, 3), (5, 3), (5, 3)), {"n": 1, "has_momentum": True}, diff=False),
-        Sample((0.1, 0.0, 0.0, 0.1, (0, 3), (1, 3), (0, 3), (1, 3)), {"n": 2, "maximize": True}, diff=False)]))
+        Sample((0.1, 0.0, 0.0, 0.1, *((0, 3), (1, 3)) * 2), {"n": 2, "maximize": True}, diff=False)]))
 
 
 # --- Adam and AdamW ---------------------------------------------------------------------------------
 
-def _adam(xp: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int, *tensors: Any,
-          n: int, decoupled: bool, amsgrad: bool, maximize: bool) -> list[Any]:
-    """`step` counts from 1. With c = sqrt(1 - beta2**step), the update lr / (1 - beta1**step) * m / (sqrt(v) / c + eps)
-    is computed as (lr * c / (1 - beta1**step)) * m / (sqrt(v) + eps * c): one pass less."""
+def _adam(xp: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
+          *tensors: Any, n: int, decoupled: bool, amsgrad: bool, maximize: bool) -> list[Any]:
+    """`step` counts from 1. With c = sqrt(1 - beta2**step), the update lr / (1 - beta1**step) * m / (sqrt(v)
+    / c + eps) is computed as (lr * c / (1 - beta1**step)) * m / (sqrt(v) + eps * c): one pass less."""
     correction = sqrt(1 - beta2**step)
     rate, floor = lr * correction / (1 - beta1**step), eps * correction
     scratch: dict[Any, Any] = {}
@@ -169,12 +169,14 @@ def _scratch(xp: Any, kept: dict[Any, Any], like: Any) -> Any:
 def _adam_samples() -> list[Sample]:
     several: list[Shape] = [(5, 3), (4,), (), (0, 2)]
     found = []
-    for k, flags in enumerate([{}, {"decoupled": True}, {"amsgrad": True}, {"decoupled": True, "maximize": True}]):
+    cases = [{}, {"decoupled": True}, {"amsgrad": True}, {"decoupled": True, "maximize": True}]
+    for k, flags in enumerate(cases):
         for shapes in (several, several[:1]):
             rng = np.random.default_rng(k)
             squares = [np.asarray(rng.uniform(0, 1, s)) for s in shapes]
             inputs = (*shapes, *shapes, *shapes, *squares, *(squares if "amsgrad" in flags else ()))
-            found.append(Sample((1e-2, 0.9, 0.99, 1e-8, 0.1, 3, *inputs), {"n": len(shapes), **flags}, diff=False))
+            found.append(Sample((1e-2, 0.9, 0.99, 1e-8, 0.1, 3, *inputs), {"n": len(shapes), **flags},
+                                diff=False))
     return found
 
 
@@ -203,14 +205,15 @@ def _squares_dtype(*given: Any) -> tuple[list[Any], list[Any]]:
 
 
 def _squares_axes(*shapes: Shape) -> Axes:
-    """One tensor may be split, and gives Partial sums. Several are whole: a worker cannot tell which of them the
-    others count as well."""
+    """One tensor may be split, and gives Partial sums. Several are whole: a worker cannot tell which of them
+    the others count as well."""
     return Axes(own_letters(shapes, len(shapes)), ("",), combine="sum" if len(shapes) == 1 else "")
 
 
 # The squared 2-norm of all tensors together, for clipping gradients by their norm. The square of a sum is not
 # the sum of squares, so a Partial input is reduced first. Sharded tensors are best given one by one.
 sum_of_squares = register(Op(
-    "sum_of_squares", kernel=_sum_of_squares, shape=lambda *shapes: [()], dtype=_squares_dtype, axes=_squares_axes,
+    "sum_of_squares", kernel=_sum_of_squares, shape=lambda *shapes: [()], dtype=_squares_dtype,
+    axes=_squares_axes,
     samples=lambda: [Sample(((5, 3), (4,), ()), diff=False), Sample(((5, 3),), diff=False),
                      Sample(((0, 3), (1,)), diff=False)]))

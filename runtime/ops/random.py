@@ -1,7 +1,7 @@
 """Random numbers: rows of (seed, draw) whose every element is the same on any mesh and in any layout.
 
-`seed` and `draw` are Python ints (taken modulo 2**64) and operands, so that a loop that draws again and again has
-one program. meshtape.runtime.philox says how bits become numbers.
+`seed` and `draw` are Python ints (taken modulo 2**64) and operands, so that a loop that draws again and again
+has one program. meshtape.runtime.philox says how bits become numbers.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from meshtape.runtime import philox
-from meshtape.runtime.dtypes import canonical, is_floating, kind
+from meshtape.runtime.dtypes import canonical, is_floating
 from meshtape.runtime.errors import DTypeError, ShapeError
 from meshtape.runtime.op import ALPHABET, IO, REQUIRED, Axes, Op, Sample, register
 from meshtape.runtime.ops.create import made_axes, made_dtype
@@ -28,15 +28,16 @@ def local_piece(attrs: Attrs, io: IO) -> Attrs:
     return {**attrs, "shape": made.shape, "offset": made.offset, "whole": made.whole}
 
 
-def _make(xp: Any, values: philox.Fill, dtype: Any, shape: Shape, offset: Shape | None, whole: Shape | None) -> Any:
+def _make(xp: Any, values: philox.Fill, dtype: Any, shape: Shape, offset: Shape | None,
+          whole: Shape | None) -> Any:
     """A piece of random values; the whole tensor where no worker was named."""
     out = xp.empty(shape, dtype)
     return philox.fill(xp, values, out, (0,) * len(shape) if offset is None else offset,
                        shape if whole is None else whole)
 
 
-def _row(name: str, kernel: Callable[..., Any], takes: Callable[[Any], bool], samples: Callable[[], list[Sample]],
-         *scalars: str, **defaults: Any) -> Op:
+def _row(name: str, kernel: Callable[..., Any], takes: Callable[[Any], bool],
+         samples: Callable[[], list[Sample]], *scalars: str, **defaults: Any) -> Op:
     """A row of seed, draw and these scalars; `takes` says which dtypes can be made."""
     def dtype(*given: Any, dtype: str, **attrs: Any) -> tuple[list[Any], list[Any]]:
         if not takes(canonical(dtype)):
@@ -44,8 +45,9 @@ def _row(name: str, kernel: Callable[..., Any], takes: Callable[[Any], bool], sa
         return made_dtype(*given, dtype=dtype)
 
     return register(Op(
-        name, kernel=kernel, attrs={**RANDOM_ATTRS, **defaults}, shape=lambda *given, shape, **attrs: [tuple(shape)],
-        dtype=dtype, axes=lambda *given, shape, **attrs: made_axes(shape, 2 + len(scalars)), local=local_piece,
+        name, kernel=kernel, attrs={**RANDOM_ATTRS, **defaults}, dtype=dtype,
+        shape=lambda *given, shape, **attrs: [tuple(shape)],
+        axes=lambda *given, shape, **attrs: made_axes(shape, 2 + len(scalars)), local=local_piece,
         samples=samples))
 
 
@@ -59,8 +61,8 @@ def _samples(*scalars: Any, dtypes: tuple[str, ...] = ("float32",)) -> Callable[
 
 # --- rows -------------------------------------------------------------------------------------------
 
-def _uniform(xp: Any, seed: int, draw: int, low: float, high: float, shape: Shape, dtype: str, offset: Shape | None,
-             whole: Shape | None) -> Any:
+def _uniform(xp: Any, seed: int, draw: int, low: float, high: float, shape: Shape, dtype: str,
+             offset: Shape | None, whole: Shape | None) -> Any:
     """low + u * (high - low), each operation rounded to the dtype (float32 for 16-bit floats)."""
     wanted = canonical(dtype)
     work = accumulator(wanted)
@@ -74,8 +76,8 @@ def _uniform(xp: Any, seed: int, draw: int, low: float, high: float, shape: Shap
     return _make(xp, values, wanted, shape, offset, whole)
 
 
-def _normal(xp: Any, seed: int, draw: int, mean: float, std: float, shape: Shape, dtype: str, offset: Shape | None,
-            whole: Shape | None) -> Any:
+def _normal(xp: Any, seed: int, draw: int, mean: float, std: float, shape: Shape, dtype: str,
+            offset: Shape | None, whole: Shape | None) -> Any:
     """mean + std * z in float64, then rounded."""
     def values(start: int, count: int) -> Any:
         z = philox.normal(xp, seed, draw, start, count)
@@ -86,8 +88,8 @@ def _normal(xp: Any, seed: int, draw: int, mean: float, std: float, shape: Shape
     return _make(xp, values, canonical(dtype), shape, offset, whole)
 
 
-def _integers(xp: Any, seed: int, draw: int, low: int, high: int, shape: Shape, dtype: str, offset: Shape | None,
-              whole: Shape | None) -> Any:
+def _integers(xp: Any, seed: int, draw: int, low: int, high: int, shape: Shape, dtype: str,
+              offset: Shape | None, whole: Shape | None) -> Any:
     if not 0 < high - low <= 2**64:
         raise ValueError(f"random_integers: no integers in [{low}, {high}); high must be above low")
     base = xp.uint64(low & philox.MASK64)
@@ -101,8 +103,8 @@ def _integers(xp: Any, seed: int, draw: int, low: int, high: int, shape: Shape, 
 
 def _bernoulli(xp: Any, seed: int, draw: int, p: float, shape: Shape, dtype: str, offset: Shape | None,
                whole: Shape | None) -> Any:
-    return _make(xp, lambda start, count: philox.chosen(xp, seed, draw, start, count, p), canonical(dtype), shape,
-                 offset, whole)
+    values = lambda start, count: philox.chosen(xp, seed, draw, start, count, p)
+    return _make(xp, values, canonical(dtype), shape, offset, whole)
 
 
 random_uniform = _row("random_uniform", _uniform, is_floating,
@@ -116,7 +118,8 @@ random_bernoulli = _row("random_bernoulli", _bernoulli, lambda d: True,
 
 
 def _permutation(xp: Any, seed: int, draw: int, n: int, offset: int, count: int | None) -> Any:
-    """The order of n random words, ties in order of position. Every worker sorts all of them and takes its part."""
+    """The order of n random words, ties in order of position. Every worker sorts all of them and takes its
+    part."""
     order = xp.argsort(philox.words(xp, seed, draw, 0, n), kind="stable").astype(xp.int64, copy=False)
     return order[offset:] if count is None else order[offset:offset + count]
 
@@ -127,7 +130,8 @@ def _local_permutation(attrs: Attrs, io: IO) -> Attrs:
 
 random_permutation = register(Op(
     "random_permutation", kernel=_permutation, attrs={"n": REQUIRED, "offset": 0, "count": None},
-    shape=lambda seed, draw, n, **attrs: [(n,)], dtype=lambda seed, draw, **attrs: ([seed, draw], [canonical("int64")]),
+    shape=lambda seed, draw, n, **attrs: [(n,)],
+    dtype=lambda seed, draw, **attrs: ([seed, draw], [canonical("int64")]),
     axes=lambda seed, draw, n, **attrs: made_axes((n,), 2), local=_local_permutation,
     samples=lambda: [Sample((3, 4), {"n": n}, diff=False) for n in (7, 0, 1, 64)]))
 
@@ -149,7 +153,8 @@ def _dropout_axes(x: Shape, seed: Shape, draw: Shape, **attrs: Any) -> Axes:
     return Axes((ALPHABET[:len(x)], "", ""), (ALPHABET[:len(x)],))
 
 
-def _dropout(xp: Any, x: Any, seed: int, draw: int, p: float, offset: Shape | None, whole: Shape | None) -> Any:
+def _dropout(xp: Any, x: Any, seed: int, draw: int, p: float, offset: Shape | None,
+             whole: Shape | None) -> Any:
     if p == 0:
         return x
     if p == 1:
@@ -167,7 +172,7 @@ def _dropout_local(attrs: Attrs, io: IO) -> Attrs:
 
 
 # Linear in x with a mask that depends on (seed, draw) alone, so it is its own derivative and keeps nothing.
-dropout = register(Op(
+dropout: Op = register(Op(
     "dropout", kernel=_dropout, attrs={"p": 0.5, "offset": None, "whole": None}, shape=_dropout_shape,
     dtype=_dropout_dtype, axes=_dropout_axes, linear=((0,),), local=_dropout_local,
     vjp=(lambda g, out, x, seed, draw, p, **attrs: dropout(g, seed, draw, p=p), None, None),

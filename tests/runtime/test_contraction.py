@@ -1,4 +1,5 @@
-"""Matrix products, linear layers and einsum: values beside NumPy's and torch's, derivatives, split rules, errors."""
+"""Matrix products, linear layers and einsum: values beside NumPy's and torch's, derivatives, split rules,
+errors."""
 
 from __future__ import annotations
 
@@ -51,13 +52,15 @@ def test_matmul_is_numpys_also_transposed() -> None:
         x, y = make_inputs(sample, rng)
         a = x.swapaxes(-1, -2) if sample.attrs.get("transpose_x") else x
         b = y.swapaxes(-1, -2) if sample.attrs.get("transpose_y") else y
-        np.testing.assert_allclose(run("matmul", x, y, **sample.attrs), np.matmul(a, b), rtol=1e-12, atol=1e-13)
+        found = run("matmul", x, y, **sample.attrs)
+        np.testing.assert_allclose(found, np.matmul(a, b), rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("x, y, wanted", [
     ((4, 5), (5, 3), Axes(("MK", "KN"), ("MN",))), ((5,), (5,), Axes(("K", "K"), ("",))),
     ((2, 4, 5), (5, 3), Axes(("aMK", "KN"), ("aMN",))),
-    ((2, 1, 4, 5), (3, 5, 6), Axes(("a.MK", "bKN"), ("abMN",))), ((5,), (2, 5, 3), Axes(("K", "aKN"), ("aN",)))])
+    ((2, 1, 4, 5), (3, 5, 6), Axes(("a.MK", "bKN"), ("abMN",))),
+    ((5,), (2, 5, 3), Axes(("K", "aKN"), ("aN",)))])
 def test_matmul_splits_every_dimension_but_stretched_ones(x: Any, y: Any, wanted: Axes) -> None:
     assert axes("matmul", x, y) == wanted
 
@@ -65,7 +68,8 @@ def test_matmul_splits_every_dimension_but_stretched_ones(x: Any, y: Any, wanted
 @pytest.mark.parametrize("x, y, attrs, message", [
     ((4, 6), (5, 2), {}, r"matmul: inner axes differ, \(4, 6\) @ \(5, 2\)"),
     ((4, 6), (6, 2), {"transpose_y": True}, r"matmul: inner axes differ, \(4, 6\) @ \(2, 6\)"),
-    ((), (5,), {}, "multiply by a scalar with *"), ((5,), (5, 2), {"transpose_x": True}, "a vector cannot be"),
+    ((), (5,), {}, "multiply by a scalar with *"),
+    ((5,), (5, 2), {"transpose_x": True}, "a vector cannot be"),
     ((3, 4, 5), (2, 5, 6), {}, "matmul: shapes")])
 def test_matmul_says_which_shapes_do_not_fit(x: Any, y: Any, attrs: Any, message: str) -> None:
     with pytest.raises(ShapeError, match=message):
@@ -182,8 +186,10 @@ def test_an_equation_is_read_once_for_all_extents() -> None:
 
 
 @pytest.mark.parametrize("equation, shapes, message", [
-    ("ij,jk->ik", [(2, 3)], "names 2 operands, got 1"), ("ij->i", [(2, 3, 4)], "does not fit an operand of 3"),
-    ("ij,jk->ik", [(2, 3), (4, 5)], "'j' the extents 3 and 4"), ("ij->ik", [(2, 3)], "'k', which no operand has"),
+    ("ij,jk->ik", [(2, 3)], "names 2 operands, got 1"),
+    ("ij->i", [(2, 3, 4)], "does not fit an operand of 3"),
+    ("ij,jk->ik", [(2, 3), (4, 5)], "'j' the extents 3 and 4"),
+    ("ij->ik", [(2, 3)], "'k', which no operand has"),
     ("ij->ii", [(2, 3)], "'i' twice"), ("i1->i", [(2, 3)], "'1' in 'i1->i' is not an index")])
 def test_einsum_says_what_is_wrong_with_an_equation(equation: str, shapes: Any, message: str) -> None:
     with pytest.raises(ShapeError, match=message):

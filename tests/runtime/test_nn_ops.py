@@ -42,7 +42,8 @@ def test_gradients_match_finite_differences_to_second_order(name: str) -> None:
 
 # --- softmax ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("shape, axis", [((5, 3), 1), ((5, 3), 0), ((2, 7, 3), 1), ((300, 1000), -1), ((), 0)])
+@pytest.mark.parametrize("shape, axis", [
+    ((5, 3), 1), ((5, 3), 0), ((2, 7, 3), 1), ((300, 1000), -1), ((), 0)])
 @pytest.mark.parametrize("name", ["softmax", "log_softmax"])
 def test_softmax_is_torchs(name: str, shape: Any, axis: int) -> None:
     x = RNG.normal(size=shape) * 10
@@ -54,7 +55,7 @@ def test_softmax_neither_overflows_nor_hides_nan() -> None:
     x = np.array([[1e4, 1e4, -1e4], [-np.inf, 0.0, 0.0], [np.nan, 0.0, 0.0], [-1e300, 1e300, 0.0]])
     wanted = np.array([[0.5, 0.5, 0.0], [0.0, 0.5, 0.5], [np.nan] * 3, [0.0, 1.0, 0.0]])
     np.testing.assert_array_equal(run("softmax", x), wanted)
-    np.testing.assert_array_equal(run("log_softmax", x[:1]), np.log(0.5) * np.array([[1, 1, 0]]) - [[0, 0, 2e4 + np.log(2)]])
+    np.testing.assert_allclose(run("log_softmax", x[:1]), [[np.log(0.5), np.log(0.5), np.log(0.5) - 2e4]])
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -70,7 +71,8 @@ def test_a_block_of_rows_is_no_boundary() -> None:
     x = RNG.normal(size=(rows, 100))
     target = RNG.integers(0, 100, rows)
     total, count, p = run("cross_entropy", x, target)
-    np.testing.assert_allclose(total, F.cross_entropy(torch.tensor(x), torch.tensor(target), reduction="sum").item())
+    wanted = F.cross_entropy(torch.tensor(x), torch.tensor(target), reduction="sum").item()
+    np.testing.assert_allclose(total, wanted)
     assert count == rows
     np.testing.assert_allclose(p, torch.softmax(torch.tensor(x), 1).numpy(), rtol=1e-12)
     y, mean, rstd = run("normalize", x)
@@ -86,7 +88,8 @@ CASES: list[tuple[Any, Any, dict[str, Any]]] = [
     (RNG.normal(size=(2, 4, 3, 5)), RNG.integers(0, 4, (2, 3, 5)), {"label_smoothing": 0.2}),
     (RNG.normal(size=(6, 4)), np.array([0, 1, -100, 3, -100, 2]), {}),
     (RNG.normal(size=(6, 4)), np.array([0, 1, 1, 3, 1, 2]), {"ignore_index": 1, "label_smoothing": 0.1}),
-    (RNG.normal(size=(3, 4)), np.full(3, -100), {}), (RNG.normal(size=(2, 3, 0)), np.zeros((2, 0), np.int64), {})]
+    (RNG.normal(size=(3, 4)), np.full(3, -100), {}),
+    (RNG.normal(size=(2, 3, 0)), np.zeros((2, 0), np.int64), {})]
 
 
 @pytest.mark.parametrize("x, target, attrs", CASES)
@@ -124,7 +127,7 @@ def test_a_target_that_is_no_class_is_named(name: str) -> None:
 @pytest.mark.parametrize("dtype", ["float32", "bool"])
 @pytest.mark.parametrize("name", ["nll", "cross_entropy"])
 def test_targets_that_are_no_integers_are_refused(name: str, dtype: str) -> None:
-    with pytest.raises(DTypeError, match=f"{name}: targets are class indices of an integer dtype, got {dtype}"):
+    with pytest.raises(DTypeError, match=f"{name}: targets are class indices .* integer dtype, got {dtype}"):
         check(name, "float32", dtype)
 
 
@@ -137,7 +140,7 @@ def test_a_target_of_another_shape_is_refused(name: str) -> None:
 
 
 def test_losses_of_halves_are_added_up_in_float32() -> None:
-    ins, outs = check("cross_entropy", "float16", "int64")
+    _, outs = check("cross_entropy", "float16", "int64")
     assert outs == [np.dtype("float32"), np.dtype("float32"), np.dtype("float16")]
     total, count, p = run("cross_entropy", np.zeros((70000, 2), np.float16), np.zeros(70000, np.int64))
     assert count == 70000 and p.dtype == np.float16
@@ -163,7 +166,8 @@ def test_layer_norm_and_its_gradient_are_torchs(shape: Any, ndim: int) -> None:
 
 def test_layer_norm_keeps_small_variations_on_a_large_mean() -> None:
     x = (1e4 + RNG.normal(size=(4, 256))).astype(np.float32)
-    wanted = (x - x.astype(np.float64).mean(1, keepdims=True)) / np.sqrt(x.astype(np.float64).var(1, keepdims=True))
+    exact = x.astype(np.float64)
+    wanted = (exact - exact.mean(1, keepdims=True)) / exact.std(1, keepdims=True)
     np.testing.assert_allclose(run("normalize", x)[0], wanted, atol=2e-3)
 
 
@@ -208,5 +212,5 @@ def test_every_draw_drops_other_elements() -> None:
 
 
 def test_dropout_refuses_what_is_no_probability() -> None:
-    with pytest.raises(ShapeError, match="p is the probability of a zero, 0 to 1, got 1.5"):
+    with pytest.raises(ShapeError, match=r"p is the probability of a zero, 0 to 1, got 1\.5"):
         lookup("dropout").shape((3,), (), (), p=1.5, offset=None, whole=None)

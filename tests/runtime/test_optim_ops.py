@@ -75,8 +75,9 @@ def adam_steps(shapes: list[tuple[int, ...]], dtype: Any = np.float64, lr: Any =
     states = [np.zeros_like(p) for p in params * (3 if amsgrad else 2)]
     found = []
     for step in range(STEPS):
-        out = run("adam_update", lr(step), 0.8, 0.95, 1e-6, options.get("weight_decay", 0.0), step + 1, *params,
-                  *gradients(step, shapes, dtype), *states, n=n, amsgrad=amsgrad,
+        scalars = lr(step), 0.8, 0.95, 1e-6, options.get("weight_decay", 0.0), step + 1
+        grads = gradients(step, shapes, dtype)
+        out = run("adam_update", *scalars, *params, *grads, *states, n=n, amsgrad=amsgrad,
                   decoupled=options.get("decoupled", False), maximize=options.get("maximize", False))
         params, states = out[:n], out[n:]
         found.append(params)
@@ -90,7 +91,8 @@ def adam_steps(shapes: list[tuple[int, ...]], dtype: Any = np.float64, lr: Any =
 def test_adam_takes_torchs_steps(decoupled: bool, options: dict[str, Any]) -> None:
     theirs = torch.optim.AdamW if decoupled else torch.optim.Adam
     options = {"weight_decay": 0.0, **options}
-    wanted = torch_steps(lambda params: theirs(params, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, **options), SHAPES)
+    make = lambda params: theirs(params, lr=1e-2, betas=(0.8, 0.95), eps=1e-6, **options)
+    wanted = torch_steps(make, SHAPES)
     for found, there in zip(adam_steps(SHAPES, decoupled=decoupled, **options), wanted, strict=True):
         assert_same(found, there)
 
@@ -111,22 +113,24 @@ def test_a_learning_rate_of_zero_leaves_the_parameters() -> None:
 def test_half_precision_parameters_are_updated_in_float32(dtype: str) -> None:
     kind = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else np.float16
     p, g, m = (np.full(3, v, kind) for v in (1.0, 1e-3, 0.0))
-    new, mean, square = run("adam_update", 0.125, 0.9, 0.999, 1e-8, 0.0, 1, p, g, m, m, n=1)
+    new, mean, _ = run("adam_update", 0.125, 0.9, 0.999, 1e-8, 0.0, 1, p, g, m, m, n=1)
     assert new.dtype == kind and mean.dtype == kind
     # The square of the gradient is 1e-6, below float16's precision; the first step is still lr.
     np.testing.assert_allclose(new.astype(np.float64), 0.875, rtol=1e-2)
 
 
 def test_an_update_of_shards_is_the_shard_of_the_update() -> None:
-    """Each parameter has a layout of its own: the first is cut by rows, the second by columns, the third whole."""
+    """Each parameter has a layout of its own: the first is cut by rows, the second by columns, the third
+    whole."""
     rng = np.random.default_rng(0)
     shapes: list[tuple[int, ...]] = [(7, 4), (3, 5), (6,)]
     groups = [[np.asarray(abs(rng.normal(size=s))) for s in shapes] for _ in range(4)]
     scalars = (1e-2, 0.9, 0.99, 1e-8, 0.1, 3)
     whole = run("adam_update", *scalars, *(a for group in groups for a in group), n=3, decoupled=True)
-    for cut in ((slice(0, 4), (slice(None), slice(3, 5)), ...), (slice(4, 7), (slice(None), slice(0, 3)), ...)):
-        part = run("adam_update", *scalars, *(a[c] for group in groups for a, c in zip(group, cut, strict=True)), n=3,
-                   decoupled=True)
+    every = slice(None)
+    for cut in ((slice(0, 4), (every, slice(3, 5)), ...), (slice(4, 7), (every, slice(0, 3)), ...)):
+        pieces = [a[c] for group in groups for a, c in zip(group, cut, strict=True)]
+        part = run("adam_update", *scalars, *pieces, n=3, decoupled=True)
         for k, (a, b) in enumerate(zip(part, whole, strict=True)):
             np.testing.assert_array_equal(a, b[cut[k % 3]])
 
@@ -134,15 +138,17 @@ def test_an_update_of_shards_is_the_shard_of_the_update() -> None:
 def test_scalars_are_operands_so_schedules_change_no_program() -> None:
     for name, scalars in (("sgd_update", 4), ("adam_update", 6)):
         op = lookup(name)
-        axes = op.axes(*((),) * scalars, *((2, 3), (4,)) * 4, n=2, **{k: v for k, v in op.attrs.items() if k != "n"})
+        flags = {k: v for k, v in op.attrs.items() if k != "n"}
+        axes = op.axes(*((),) * scalars, *((2, 3), (4,)) * 4, n=2, **flags)
         assert axes.ins[:scalars] == ("",) * scalars and axes.ins[scalars:scalars + 2] == axes.ins[-2:]
-        assert all(type(v) is bool for k, v in op.attrs.items() if k != "n")
+        assert all(type(v) is bool for v in flags.values())
 
 
 def test_letters_do_not_run_out() -> None:
     shapes = ((3, 3),) * 400
     letters = optim.own_letters(shapes, 200)
-    assert letters[:200] == letters[200:] and len(set("".join(letters[:200]))) == 400 and "." not in "".join(letters)
+    used = "".join(letters[:200])
+    assert letters[:200] == letters[200:] and len(set(used)) == 400 and "." not in used
 
 
 # --- errors and clipping ------------------------------------------------------------------------------------
@@ -152,7 +158,7 @@ def test_updates_say_which_tensors_do_not_fit() -> None:
     flags = {k: v for k, v in op.attrs.items() if k != "n"}
     with pytest.raises(ShapeError, match="adam_update: needs 4 tensors for each of 2 parameters, got 7"):
         op.shape(*((),) * 6, *((3,),) * 7, n=2, **flags)
-    with pytest.raises(ShapeError, match=r"parameter 1 has shape \(4,\), but its gradient or state has \(3,\)"):
+    with pytest.raises(ShapeError, match=r"parameter 1 has shape \(4,\), but its gradient .* has \(3,\)"):
         op.shape(*((),) * 6, (3,), (4,), (3,), (3,), (3,), (4,), (3,), (4,), n=2, **flags)
     with pytest.raises(DTypeError, match="parameters must be floating, got int64"):
         op.dtype(*(float,) * 6, *(np.dtype("int64"),) * 4, n=1, **flags)

@@ -1,4 +1,5 @@
-"""Random bits and numbers: the stream, the recipe from bits to numbers, the same bits in every layout, statistics.
+"""Random bits and numbers: the stream, the recipe from bits to numbers, the same bits in every layout,
+statistics.
 
 Statistical tests use fixed seeds and bounds of about five standard deviations.
 """
@@ -76,7 +77,8 @@ def test_numbers_follow_the_recipe_from_bits() -> None:
     assert philox.chosen(np, SEED, DRAW, 1, 9, 0.25).tolist() == [h < 2**30 for h in halves[1:10]]
     a = [((w >> 11) + 1) * 2.0**-53 for w in words[::2]]
     b = [(w >> 11) * 2.0**-53 for w in words[1::2]]
-    pairs = [np.sqrt(-2 * np.log(u)) * f(2 * np.pi * v) for u, v in zip(a, b, strict=True) for f in (np.cos, np.sin)]
+    pairs = [np.sqrt(-2 * np.log(u)) * f(2 * np.pi * v)
+             for u, v in zip(a, b, strict=True) for f in (np.cos, np.sin)]
     np.testing.assert_allclose(philox.normal(np, SEED, DRAW, 1, 8), pairs[1:9], rtol=1e-14)
 
 
@@ -93,7 +95,8 @@ def test_every_layout_gives_the_same_bits(name: str, jump: int, monkeypatch: pyt
     monkeypatch.setattr(philox, "CHUNK", 64)
     scalars, dtype = DRAWS[name]
     op = lookup(name)
-    for shape, mesh in (((7, 5, 11), (3,)), ((7, 5, 11), (2, 2)), ((33,), (4,)), ((3, 1), (4,)), ((0, 3), (2,))):
+    cases = ((7, 5, 11), (3,)), ((7, 5, 11), (2, 2)), ((33,), (4,)), ((3, 1), (4,)), ((0, 3), (2,))
+    for shape, mesh in cases:
         whole = draw(name, *scalars, shape=shape, dtype=dtype)
         attrs = op.unpack(op.pack({"shape": shape, "dtype": dtype}))
         for placements in itertools.product(range(len(shape)), repeat=len(mesh)):
@@ -152,7 +155,8 @@ def test_normal_numbers_have_the_moments_and_the_distribution() -> None:
 def test_single_precision_normals_are_rounded_doubles() -> None:
     exact = draw("random_normal", 1.0, 2.0, shape=(1000,), dtype="float64")
     for dtype in ("float32", "float16"):
-        np.testing.assert_array_equal(draw("random_normal", 1.0, 2.0, shape=(1000,), dtype=dtype), exact.astype(dtype))
+        rounded = draw("random_normal", 1.0, 2.0, shape=(1000,), dtype=dtype)
+        np.testing.assert_array_equal(rounded, exact.astype(dtype))
 
 
 def test_integers_cover_their_range_evenly() -> None:
@@ -193,7 +197,8 @@ def test_streams_of_neighbouring_draws_and_seeds_are_unrelated() -> None:
 
 
 def test_dtypes_that_cannot_be_drawn_are_refused() -> None:
-    for name, dtype in (("random_uniform", "int64"), ("random_normal", "bool"), ("random_integers", "float32")):
+    cases = ("random_uniform", "int64"), ("random_normal", "bool"), ("random_integers", "float32")
+    for name, dtype in cases:
         op = lookup(name)
         with pytest.raises(DTypeError, match=f"{name}: cannot make random numbers of dtype {dtype}"):
             op.dtype(int, int, float, float, shape=(2,), dtype=dtype)
@@ -207,13 +212,16 @@ def make(name: str, *scalars: Any, **attrs: Any) -> Any:
 
 
 def test_ranges_are_numpys() -> None:
-    for start, step, n, dtype in ((0, 1, 9, "int64"), (5, -2, 4, "int32"), (0.5, 0.1, 50, "float64"), (0, 1, 0, "int8")):
+    cases = (0, 1, 9, "int64"), (5, -2, 4, "int32"), (0.5, 0.1, 50, "float64"), (0, 1, 0, "int8")
+    for start, step, n, dtype in cases:
         wanted = (start + np.arange(n) * step).astype(dtype)
         np.testing.assert_array_equal(make("arange", start, step, n=n, dtype=dtype), wanted)
-    for start, stop, n, endpoint in ((0.0, 1.0, 11, True), (-2.0, 7.0, 6, False), (3.0, 3.0, 4, True), (1.0, 2.0, 1, True)):
+    spaces = (0.0, 1.0, 11, True), (-2.0, 7.0, 6, False), (3.0, 3.0, 4, True), (1.0, 2.0, 1, True)
+    for start, stop, n, endpoint in spaces:
         np.testing.assert_array_equal(make("linspace", start, stop, n=n, dtype="float64", endpoint=endpoint),
                                       np.linspace(start, stop, n, endpoint=endpoint))
-    np.testing.assert_array_equal(make("linspace", 0.0, 9.5, n=4, dtype="int64"), np.linspace(0, 9.5, 4, dtype="int64"))
+    np.testing.assert_array_equal(make("linspace", 0.0, 9.5, n=4, dtype="int64"),
+                                  np.linspace(0, 9.5, 4, dtype="int64"))
 
 
 def test_integer_ranges_are_exact_beyond_53_bits() -> None:
