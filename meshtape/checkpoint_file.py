@@ -1,8 +1,9 @@
 """Checkpoints in files: save() and load(), in the safetensors format.
 
-A checkpoint is a nested structure of tensors, arrays, numbers, strings, dicts and lists. Its arrays are the file's
-tensors, under the dotted path by which they were reached; the structure itself is JSON in the file's metadata. So a
-flat dict of tensors can be read by any program that reads safetensors, and a file of such a program by load().
+A checkpoint is a nested structure of tensors, arrays, numbers, strings, dicts and lists. Its arrays are the
+file's tensors, under the dotted path by which they were reached; the structure itself is JSON in the file's
+metadata. So a flat dict of tensors can be read by any program that reads safetensors, and a file of such a
+program by load().
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ AnyPath = str | os.PathLike[str]
 
 
 def save(obj: Any, path: AnyPath, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a state dict, a module, an optimizer, or a nested dict of such, tensors, arrays, numbers and lists.
+    """Write a state dict, a module, an optimizer, or a nested dict of such, tensors, arrays, numbers and
+    lists.
 
-    Sharded tensors are gathered (all in one wait). The file appears whole or not at all. `metadata`: strings to keep
-    beside it. Raises StateError for what a checkpoint cannot hold.
+    Sharded tensors are gathered (all in one wait). The file appears whole or not at all. `metadata`: strings
+    to keep beside it. Raises StateError for what a checkpoint cannot hold.
     """
     arrays: dict[str, Any] = {}
     tree = _encode(obj, "", arrays)
@@ -41,13 +43,15 @@ def save(obj: Any, path: AnyPath, metadata: Mapping[str, str] | None = None) -> 
         raise StateError(f"save: a checkpoint is a dict (or has a state_dict()), got a {type(obj).__name__}")
     for key, value in (metadata or {}).items():
         if not isinstance(key, str) or not isinstance(value, str) or key == ENTRY:
-            raise StateError(f"save: metadata {key!r}: {value!r}; use strings, under another name than {ENTRY!r}")
+            raise StateError(f"save: metadata {key!r}: {value!r}; use strings, under another name than "
+                             f"{ENTRY!r}")
     header = {**(metadata or {}), ENTRY: json.dumps({"format": FORMAT, "tree": tree})}
     _write(_gathered(arrays), header, Path(path))
 
 
 def load(path: AnyPath) -> dict[str, Any]:
-    """The structure that was saved, with NumPy arrays for tensors; of any other safetensors file, its tensors by name.
+    """The structure that was saved, with NumPy arrays for tensors; of any other safetensors file, its tensors
+    by name.
 
     Raises StateError if the file is damaged or no checkpoint, FileNotFoundError if there is none.
     """
@@ -57,13 +61,14 @@ def load(path: AnyPath) -> dict[str, Any]:
     try:
         found = json.loads(header[ENTRY])
         if found["format"] != FORMAT:
-            raise StateError(f"load: {os.fspath(path)!r} has format {found['format']}, this version reads {FORMAT}; "
-                             f"use a newer meshtape")
-        return _decode(found["tree"], arrays)  # type: ignore[no-any-return]
+            raise StateError(f"load: {os.fspath(path)!r} has format {found['format']}, this version reads "
+                             f"{FORMAT}; use a newer meshtape")
+        return _decode(found["tree"], arrays)
     except (ValueError, KeyError, TypeError) as error:
         if isinstance(error, StateError):
             raise
-        raise StateError(f"load: {os.fspath(path)!r} has a damaged structure ({error!r}); save it again") from error
+        raise StateError(f"load: {os.fspath(path)!r} has a damaged structure ({error!r}); save it "
+                         f"again") from error
 
 
 def load_metadata(path: AnyPath) -> dict[str, str]:
@@ -84,13 +89,17 @@ def _encode(value: Any, path: str, arrays: dict[str, Any]) -> dict[str, Any]:
     if isinstance(value, Mapping):
         for key in value:
             if not isinstance(key, str | int):
-                raise StateError(f"save: the key {key!r} in {path or 'the checkpoint'}; use strings or integers")
-        return {"dict": [[k, _encode(v, f"{path}.{k}" if path else str(k), arrays)] for k, v in value.items()]}
+                raise StateError(f"save: the key {key!r} in {path or 'the checkpoint'}; use strings or ints")
+        return {"dict": [[k, _encode(v, _join(path, k), arrays)] for k, v in value.items()]}
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
-        return {kind: [_encode(v, f"{path}.{i}" if path else str(i), arrays) for i, v in enumerate(value)]}
-    raise StateError(f"save: {path or 'the checkpoint'} is a {type(value).__name__}; a checkpoint holds tensors, arrays, "
-                     f"numbers, strings, None, dicts and lists")
+        return {kind: [_encode(v, _join(path, i), arrays) for i, v in enumerate(value)]}
+    raise StateError(f"save: {path or 'the checkpoint'} is a {type(value).__name__}; a checkpoint holds "
+                     f"tensors, arrays, numbers, strings, None, dicts and lists")
+
+
+def _join(path: str, key: str | int) -> str:
+    return f"{path}.{key}" if path else str(key)
 
 
 def _encode_array(value: Any, path: str, arrays: dict[str, Any]) -> dict[str, Any]:
@@ -130,7 +139,8 @@ def _gathered(arrays: Mapping[str, Any]) -> dict[str, Array]:
     """Every value as a C-contiguous NumPy array; complex ones as pairs of reals, which safetensors knows."""
     tensors = {name: t for name, t in arrays.items() if isinstance(t, Tensor)}
     values: dict[str, Array] = {}
-    sessions = [owner_session(t) for t in tensors.values()]     # raises for a tensor of a mesh that was shut down
+    # Raises for a tensor of a mesh that was shut down.
+    sessions = [owner_session(t) for t in tensors.values()]
     if tensors:
         fetched = sessions[0].fetch([(t.block, t.spec) for t in tensors.values()])
         values = dict(zip(tensors, fetched, strict=True))
@@ -169,8 +179,8 @@ def _read(path: AnyPath, values: bool = True) -> tuple[dict[str, Array], dict[st
                 bfloat16()                              # makes the dtype known to NumPy by its name
             return {n: file.get_tensor(n) for n in names}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise StateError(f"load: {os.fspath(path)!r} is no checkpoint, or a damaged one ({error}); give a file that "
-                         f"meshtape.save() or another safetensors writer made") from error
+        raise StateError(f"load: {os.fspath(path)!r} is no checkpoint, or a damaged one ({error}); give a "
+                         f"file that meshtape.save() or another safetensors writer made") from error
 
 
 __all__ = ["load", "load_metadata", "save"]

@@ -1,7 +1,7 @@
 """Random tensors, made on the workers.
 
-Numbers come from counters (Philox; meshtape.runtime.philox says how): element i of draw d under seed s is the same on
-any number of workers and in any layout. Every call is one draw; seed() starts the count again.
+Numbers come from counters (Philox; meshtape.runtime.philox says how): element i of draw d under seed s is the
+same on any number of workers and in any layout. Every call is one draw; seed() starts the count again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Shape = int | tuple[int, ...] | list[int]
 
 
 def seed(value: int) -> None:
-    """Start the stream of random numbers again at `value`: same seed, same program, same numbers on any mesh."""
+    """Start the stream of random numbers again: same seed, same program, same numbers on any mesh."""
     manual_seed(value)
 
 
@@ -37,20 +37,25 @@ def _draw(name: str, scalars: tuple[Any, ...], shape: Shape, dtype: Any, layout:
 def _floating(dtype: AnyDType, who: str) -> Any:
     wanted = DEFAULT_FLOAT if dtype is None else canonical(dtype)
     if kind(wanted) != 2:
-        raise DTypeError(f"{who}: dtype {wanted.name} is not floating; use integers() or bernoulli(), or cast afterwards")
+        raise DTypeError(f"{who}: dtype {wanted.name} is not floating; use integers() or bernoulli(), or "
+                         f"cast afterwards")
     return wanted
 
 
 def uniform(low: float = 0.0, high: float = 1.0, shape: Shape = (), *, dtype: AnyDType = None,
             layout: AnyLayout | None = None, requires_grad: bool = False) -> Tensor:
-    """Numbers from the uniform distribution on [low, high); float32 unless `dtype` is given. Raises DTypeError."""
-    return _draw("random_uniform", (float(low), float(high)), shape, _floating(dtype, "uniform"), layout, requires_grad)
+    """Numbers from the uniform distribution on [low, high); float32 unless `dtype` is given. Raises
+    DTypeError.
+    """
+    return _draw("random_uniform", (float(low), float(high)), shape, _floating(dtype, "uniform"), layout,
+                 requires_grad)
 
 
 def normal(mean: float = 0.0, std: float = 1.0, shape: Shape = (), *, dtype: AnyDType = None,
            layout: AnyLayout | None = None, requires_grad: bool = False) -> Tensor:
     """Numbers from the normal distribution; float32 unless `dtype` is given. Raises DTypeError."""
-    return _draw("random_normal", (float(mean), float(std)), shape, _floating(dtype, "normal"), layout, requires_grad)
+    return _draw("random_normal", (float(mean), float(std)), shape, _floating(dtype, "normal"), layout,
+                 requires_grad)
 
 
 def _shape(given: tuple[Any, ...]) -> Shape:
@@ -58,19 +63,23 @@ def _shape(given: tuple[Any, ...]) -> Shape:
     return tuple(given[0]) if len(given) == 1 and not isinstance(given[0], int) else given
 
 
-def rand(*shape: Any, dtype: AnyDType = None, layout: AnyLayout | None = None, requires_grad: bool = False) -> Tensor:
+def rand(*shape: Any, dtype: AnyDType = None, layout: AnyLayout | None = None,
+         requires_grad: bool = False) -> Tensor:
     """uniform(0, 1): rand(2, 3) or rand((2, 3))."""
     return uniform(0.0, 1.0, _shape(shape), dtype=dtype, layout=layout, requires_grad=requires_grad)
 
 
-def randn(*shape: Any, dtype: AnyDType = None, layout: AnyLayout | None = None, requires_grad: bool = False) -> Tensor:
+def randn(*shape: Any, dtype: AnyDType = None, layout: AnyLayout | None = None,
+          requires_grad: bool = False) -> Tensor:
     """normal(0, 1): randn(2, 3) or randn((2, 3))."""
     return normal(0.0, 1.0, _shape(shape), dtype=dtype, layout=layout, requires_grad=requires_grad)
 
 
 def integers(low: int, high: int | None = None, shape: Shape = (), *, dtype: AnyDType = "int64",
              layout: AnyLayout | None = None) -> Tensor:
-    """Integers from [low, high), all equally likely; integers(n) counts from 0. Raises ShapeError, DTypeError."""
+    """Integers from [low, high), all equally likely; integers(n) counts from 0. Raises ShapeError,
+    DTypeError.
+    """
     if high is None:
         low, high = 0, low
     if high <= low:
@@ -87,7 +96,8 @@ def randint(low: int, high: int | None = None, shape: Shape = (), *, dtype: AnyD
     return integers(low, high, shape, dtype=dtype, layout=layout)
 
 
-def bernoulli(p: float, shape: Shape = (), *, dtype: AnyDType = "bool", layout: AnyLayout | None = None) -> Tensor:
+def bernoulli(p: float, shape: Shape = (), *, dtype: AnyDType = "bool",
+              layout: AnyLayout | None = None) -> Tensor:
     """True (or 1, in another dtype) with probability `p`."""
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"bernoulli: p is {p}; a probability lies between 0 and 1")
@@ -112,11 +122,11 @@ def choice(a: int | Tensor | Sequence[Any], shape: Shape = (), *, replace: bool 
     if replace:
         index = integers(0, n, s)
     elif count <= n:
-        index = reshape(permutation(n)[:count], s)  # type: ignore[index]
+        index = reshape(permutation(n)[:count], s)
     else:
         raise ShapeError(f"choice: {count} of {n} elements without putting back; ask for at most {n}")
     return index if isinstance(a, int) else take(as_tensor(a), index, axis=0)
 
 
-__all__ = ["bernoulli", "choice", "integers", "manual_seed", "normal", "permutation", "rand", "randint", "randn", "seed",
-           "uniform"]
+__all__ = ["bernoulli", "choice", "integers", "manual_seed", "normal", "permutation", "rand", "randint",
+           "randn", "seed", "uniform"]

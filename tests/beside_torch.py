@@ -23,11 +23,12 @@ def split(array: Any, requires_grad: bool = False) -> mt.Tensor:
 def same(ours: Any, theirs: Any, tolerance: float = 1e-10, what: str = "") -> None:
     """Equal shape, dtype and values."""
     a, b = np.asarray(ours), theirs.detach().numpy()
-    assert a.shape == b.shape and a.dtype == b.dtype, f"{what}: {a.shape} {a.dtype}, torch {b.shape} {b.dtype}"
+    assert (a.shape, a.dtype) == (b.shape, b.dtype), what
     np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=what)
 
 
-def check(ours: Callable[..., Any], theirs: Callable[..., Any], arrays: Sequence[Any], tolerance: float = 1e-10) -> None:
+def check(ours: Callable[..., Any], theirs: Callable[..., Any], arrays: Sequence[Any],
+          tolerance: float = 1e-10) -> None:
     """Value and gradients of `ours(*tensors)` are those of `theirs(*tensors)`; integers get no gradient."""
     floating = [np.asarray(a).dtype.kind == "f" for a in arrays]
     xs = [split(a, f) for a, f in zip(arrays, floating, strict=True)]

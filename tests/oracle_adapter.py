@@ -1,8 +1,8 @@
 """meshtape by PyTorch's operator names, for replaying recorded samples of PyTorch's own operator tests.
 
 Run as `python check_ops.py torch_ops.pkl oracle_adapter`; tests/front/test_oracle.py does the same when the
-environment variable MESHTAPE_ORACLE names such a file. MESHTAPE_ORACLE_WORKERS=n runs it on n threads, with every
-input split along its first dimension.
+environment variable MESHTAPE_ORACLE names such a file. MESHTAPE_ORACLE_WORKERS=n runs it on n threads, with
+every input split along its first dimension.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ def reducing(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def spread(function: Callable[..., Any]) -> Callable[..., Any]:
     """var and std: torch divides by n - 1 unless told."""
-    def call(x: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *, correction: Any = "unset") -> Any:
+    def call(x: Any, dim: Any = None, unbiased: bool = True, keepdim: bool = False, *,
+             correction: Any = "unset") -> Any:
         one = float(unbiased) if correction == "unset" else 1.0 if correction is None else correction
         return function(x, axis=axes(dim), correction=one, keepdims=keepdim)
     return call
@@ -117,24 +118,30 @@ def argmax(x: Any, dim: Any = None, keepdim: bool = False) -> Any:
 
 MAP: dict[str, Callable[..., Any]] = {
     "add": lambda x, y, alpha=1: mt.add(x, y if alpha == 1 else y * alpha),
-    "sub": lambda x, y, alpha=1: mt.subtract(x, y if alpha == 1 else y * alpha), "mul": mt.multiply, "true_divide": mt.divide, "pow": mt.pow, "exp": mt.exp,
-    "log": mt.log, "sqrt": mt.sqrt, "tanh": mt.tanh, "sigmoid": mt.sigmoid, "abs": mt.abs, "sign": mt.sign,
-    "floor": mt.floor, "round": mt.round, "maximum": mt.maximum, "minimum": mt.minimum,
-    "clamp": mt.clip, "where": lambda x, condition, other: mt.where(condition, x, other),
+    "sub": lambda x, y, alpha=1: mt.subtract(x, y if alpha == 1 else y * alpha),
+    "mul": mt.multiply, "true_divide": mt.divide, "pow": mt.pow, "exp": mt.exp, "log": mt.log,
+    "sqrt": mt.sqrt, "tanh": mt.tanh, "sigmoid": mt.sigmoid, "abs": mt.abs, "sign": mt.sign, "floor": mt.floor,
+    "round": mt.round, "maximum": mt.maximum, "minimum": mt.minimum, "clamp": mt.clip,
+    "where": lambda x, condition, other: mt.where(condition, x, other),
     "masked_fill": mt.masked_fill,
-    "matmul": mt.matmul, "bmm": mt.matmul, "einsum": lambda operands, equation: mt.einsum(equation, *operands),
-    "sum": reducing(mt.sum), "mean": reducing(mt.mean), "amax": reducing(mt.max), "logsumexp": reducing(mt.logsumexp),
-    "var": spread(mt.var), "std": spread(mt.std), "argmax": argmax, "sort": sort, "topk": topk, "cumsum": cumsum,
-    "gather": gather, "take": mt.take, "index_select": index_select, "cat": cat,
+    "matmul": mt.matmul, "bmm": mt.matmul,
+    "einsum": lambda operands, equation: mt.einsum(equation, *operands),
+    "sum": reducing(mt.sum), "mean": reducing(mt.mean), "amax": reducing(mt.max),
+    "logsumexp": reducing(mt.logsumexp), "var": spread(mt.var), "std": spread(mt.std), "argmax": argmax,
+    "sort": sort, "topk": topk, "cumsum": cumsum, "gather": gather, "take": mt.take,
+    "index_select": index_select, "__getitem__": getitem,
+    "cat": cat,
     "stack": lambda tensors, dim=0: mt.stack(tensors, axis=dim),
-    "split": lambda x, size, dim=0: mt.split(x, size, axis=dim), "transpose": mt.swapaxes, "permute": mt.permute_dims,
-    "reshape": mt.reshape, "broadcast_to": mt.broadcast_to, "expand": lambda x, shape: x.expand(shape),
-    "squeeze": squeeze, "unsqueeze": mt.expand_dims, "tril": lambda x, k=0: mt.tril(x, k=k),
-    "triu": lambda x, k=0: mt.triu(x, k=k), "__getitem__": getitem,
+    "split": lambda x, size, dim=0: mt.split(x, size, axis=dim),
+    "transpose": mt.swapaxes, "permute": mt.permute_dims, "reshape": mt.reshape,
+    "broadcast_to": mt.broadcast_to, "squeeze": squeeze, "unsqueeze": mt.expand_dims,
+    "expand": lambda x, shape: x.expand(shape),
+    "tril": lambda x, k=0: mt.tril(x, k=k),
+    "triu": lambda x, k=0: mt.triu(x, k=k),
     "softmax": F.softmax, "log_softmax": F.log_softmax,
     "nn.functional.relu": F.relu, "nn.functional.gelu": F.gelu, "nn.functional.pad.constant": pad,
-    "nn.functional.layer_norm": F.layer_norm, "nn.functional.embedding": lambda weight, index, **options: F.embedding(
-        index, weight, **options),
+    "nn.functional.layer_norm": F.layer_norm,
+    "nn.functional.embedding": lambda weight, index, **options: F.embedding(index, weight, **options),
     "nn.functional.cross_entropy": F.cross_entropy, "nn.functional.nll_loss": F.nll_loss,
     "nn.functional.mse_loss": F.mse_loss, "nn.functional.dropout": F.dropout,
     "nn.functional.scaled_dot_product_attention": F.scaled_dot_product_attention,

@@ -20,16 +20,18 @@ Array = np.ndarray[Any, Any]
 class DataLoader:
     """Iterates over equal rows of one array, a tuple of arrays, or a dict of arrays, in batches of tensors.
 
-    Every batch has the structure of `arrays` and their dtypes (lists of floats become float32, as in tensor()).
-    It is split by rows over the mesh axis named "data" (else the first), unless `layout` says otherwise. With
-    `shuffle`, epoch e visits the rows in the order numpy.random.Philox(key=[seed, e]) gives. A thread gathers the
-    rows of up to `prefetch` batches ahead (0: none). Raises ShapeError for arrays that do not fit together.
+    Every batch has the structure of `arrays` and their dtypes (lists of floats become float32, as in
+    tensor()). It is split by rows over the mesh axis named "data" (else the first), unless `layout` says
+    otherwise. With `shuffle`, epoch e visits the rows in the order numpy.random.Philox(key=[seed, e]) gives.
+    A thread gathers the rows of up to `prefetch` batches ahead (0: none). Raises ShapeError for arrays that
+    do not fit together.
     """
 
-    def __init__(self, arrays: Any, batch_size: int, shuffle: bool = False, seed: int = 0, drop_last: bool = False,
-                 layout: AnyLayout | None = None, prefetch: int = 2) -> None:
+    def __init__(self, arrays: Any, batch_size: int, shuffle: bool = False, seed: int = 0,
+                 drop_last: bool = False, layout: AnyLayout | None = None, prefetch: int = 2) -> None:
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"DataLoader: batch_size is {batch_size!r}; use a whole number of rows, at least 1")
+            raise ValueError(f"DataLoader: batch_size is {batch_size!r}; use a whole number of rows, at "
+                             f"least 1")
         if prefetch < 0:
             raise ValueError(f"DataLoader: prefetch is {prefetch}; use a number of batches, 0 or more")
         self._arrays, self._rebuild = take_apart(arrays, "DataLoader")
@@ -54,7 +56,8 @@ class DataLoader:
     def __iter__(self) -> Iterator[Any]:
         order = shuffled(self.rows, self.seed, self.epoch) if self.shuffle else None
         self.epoch += 1
-        cuts = [slice(i * self.batch_size, min((i + 1) * self.batch_size, self.rows)) for i in range(len(self))]
+        starts = range(0, len(self) * self.batch_size, self.batch_size)
+        cuts = [slice(at, min(at + self.batch_size, self.rows)) for at in starts]
         gathered = gather(self._arrays, order, cuts)
         return self._tensors(ahead(gathered, self.prefetch) if self.prefetch else gathered)
 
@@ -99,9 +102,11 @@ def gather(arrays: Sequence[Array], order: Array | None, cuts: Sequence[slice]) 
 def ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
     """The items, of which a thread makes up to `count` before they are asked for.
 
-    The thread ends when the items are used up, or this iterator is closed or dropped; its errors are raised here.
+    The thread ends when the items are used up, or this iterator is closed or dropped; its errors are raised
+    here.
     """
-    free, ready, stop, end = threading.Semaphore(count), SimpleQueue[tuple[bool, Any]](), threading.Event(), object()
+    free, stop, end = threading.Semaphore(count), threading.Event(), object()
+    ready: SimpleQueue[tuple[bool, Any]] = SimpleQueue()
 
     def work() -> None:
         try:
@@ -136,8 +141,8 @@ def ahead(items: Iterator[Any], count: int) -> Iterator[Any]:
 def random_split(arrays: Any, lengths: Sequence[int | float], seed: int = 0) -> list[Any]:
     """The rows of an array, a tuple or a dict of arrays, dealt at random into parts of these lengths.
 
-    Fractions that sum to 1 are lengths as well (what rounding leaves goes to the first parts). Returns NumPy arrays
-    in the structure given. Raises ShapeError.
+    Fractions that sum to 1 are lengths as well (what rounding leaves goes to the first parts). Returns NumPy
+    arrays in the structure given. Raises ShapeError.
     """
     found, rebuild = take_apart(arrays, "random_split")
     rows = len(found[0])
@@ -148,7 +153,8 @@ def random_split(arrays: Any, lengths: Sequence[int | float], seed: int = 0) -> 
     else:
         counts = [int(n) for n in lengths]
     if sum(counts) != rows or min(counts, default=0) < 0:
-        raise ShapeError(f"random_split: lengths {list(lengths)} sum to {sum(counts)}, but there are {rows} rows")
+        raise ShapeError(f"random_split: lengths {list(lengths)} sum to {sum(counts)}, but there are "
+                         f"{rows} rows")
     order, parts, at = shuffled(rows, seed, 0), [], 0
     for n in counts:
         parts.append(rebuild([a[order[at:at + n]] for a in found]))

@@ -9,7 +9,9 @@ from meshtape.nn.module import Module
 
 
 class Sequential(Module):
-    """Modules applied one after the other: Sequential(a, b)(x) is b(a(x)). Also takes one dict of named modules."""
+    """Modules applied one after the other: Sequential(a, b)(x) is b(a(x)). Also takes one dict of named
+    modules.
+    """
 
     def __init__(self, *modules: Module | Mapping[str, Module]) -> None:
         super().__init__()
@@ -35,11 +37,11 @@ class Sequential(Module):
         return len(self._modules)
 
     def __iter__(self) -> Iterator[Module]:
-        return iter(self._modules.values())  # type: ignore[arg-type]
+        return iter(self._modules.values())
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
-            return Sequential(dict(list(self._modules.items())[index]))  # type: ignore[arg-type]
+            return Sequential(dict(list(self._modules.items())[index]))
         return list(self._modules.values())[index]
 
 
@@ -65,7 +67,7 @@ class ModuleList(Module):
         return len(self._modules)
 
     def __iter__(self) -> Iterator[Module]:
-        return iter(self._modules.values())  # type: ignore[arg-type]
+        return iter(self._modules.values())
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
@@ -89,7 +91,7 @@ class ModuleDict(Module):
         self.add_module(name, _module(module, "ModuleDict"))
 
     def __getitem__(self, name: str) -> Module:
-        return self._modules[name]  # type: ignore[return-value]
+        return self._modules[name]
 
     def __delitem__(self, name: str) -> None:
         del self._modules[name]
@@ -107,10 +109,10 @@ class ModuleDict(Module):
         return self._modules.keys()
 
     def values(self) -> Iterable[Module]:
-        return self._modules.values()  # type: ignore[return-value]
+        return self._modules.values()
 
     def items(self) -> Iterable[tuple[str, Module]]:
-        return self._modules.items()  # type: ignore[return-value]
+        return self._modules.items()
 
 
 def _module(value: Any, where: str) -> Module:

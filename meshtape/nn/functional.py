@@ -29,7 +29,7 @@ from meshtape.runtime.op import lookup, normalize_axis
 from meshtape.scheduler import current
 
 
-def _t(x: Any) -> Tensor:
+def _t(x: Any) -> Any:
     return x if isinstance(x, Tensor) else as_tensor(x)
 
 
@@ -50,36 +50,39 @@ def pick_axis(axis: int | None, dim: int | None, default: int = -1) -> int:
 def linear(input: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input @ weight.T + bias, over the last dimension: (..., in), (out, in), (out,) give (..., out)."""
     if bias is None:
-        return _call("matmul", _t(input), weight, transpose_y=weight.ndim > 1)  # type: ignore[no-any-return]
-    return _call("linear", _t(input), weight, bias)  # type: ignore[no-any-return]
+        return _call("matmul", _t(input), weight, transpose_y=weight.ndim > 1)
+    return _call("linear", _t(input), weight, bias)
 
 
 def embedding(input: Any, weight: Tensor, padding_idx: int | None = None) -> Tensor:
     """Rows of `weight` (V, E) at integer `input` (...): (..., E). Row `padding_idx` gets no gradient."""
-    return _call("embedding", weight, _t(input), padding_idx=padding_idx)  # type: ignore[no-any-return]
+    return _call("embedding", weight, _t(input), padding_idx=padding_idx)
 
 
 def one_hot(input: Any, num_classes: int = -1, dtype: AnyDType = "int64") -> Tensor:
-    """(...) class indices as (..., num_classes) of ones and zeros. -1 reads the values (waits) for the largest."""
+    """(...) class indices as (..., num_classes) of ones and zeros. -1 reads the values (waits) for the
+    largest.
+    """
     indices = _t(input)
     if num_classes == -1:
-        num_classes = int(indices.max().item()) + 1 if indices.size else 1  # type: ignore[attr-defined]
-    return _call("one_hot", indices, num_classes=int(num_classes), dtype=canonical(dtype).name)  # type: ignore[no-any-return]
+        num_classes = int(indices.max().item()) + 1 if indices.size else 1
+    return _call("one_hot", indices, num_classes=int(num_classes), dtype=canonical(dtype).name)
 
 
 def layer_norm(input: Any, normalized_shape: int | Sequence[int], weight: Tensor | None = None,
                bias: Tensor | None = None, eps: float = 1e-5) -> Tensor:
-    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimensions, whose shape is `normalized_shape`.
+    """(x - mean) / sqrt(var + eps) * weight + bias over the last dimensions, whose shape is
+    `normalized_shape`.
 
     Ba, Kiros, Hinton 2016, arXiv:1607.06450; the variance is biased.
     """
     x = _t(input)
     over = _normalized(x, normalized_shape, "layer_norm")
     if weight is not None and bias is not None:
-        return _call("layer_norm", x, weight, bias, ndim=over, eps=float(eps))[0]  # type: ignore[no-any-return]
+        return _call("layer_norm", x, weight, bias, ndim=over, eps=float(eps))[0]
     out = _call("normalize", x, ndim=over, eps=float(eps))[0]
     out = out if weight is None else out * weight
-    return out if bias is None else out + bias  # type: ignore[no-any-return]
+    return out if bias is None else out + bias
 
 
 def rms_norm(input: Any, normalized_shape: int | Sequence[int], weight: Tensor | None = None,
@@ -91,17 +94,18 @@ def rms_norm(input: Any, normalized_shape: int | Sequence[int], weight: Tensor |
     x = _t(input)
     over = _normalized(x, normalized_shape, "rms_norm")
     axes = tuple(range(x.ndim - over, x.ndim))
-    wide = x.astype("float32") if x.dtype.itemsize == 2 else x  # type: ignore[attr-defined]
+    wide = x.astype("float32") if x.dtype.itemsize == 2 else x
     small = float(np.finfo("float32" if x.dtype.itemsize == 2 else x.dtype).eps) if eps is None else eps
     out = wide * _call("rsqrt", (wide * wide).mean(axes, keepdims=True) + small)
     out = out.astype(x.dtype)
-    return out if weight is None else out * weight  # type: ignore[no-any-return]
+    return out if weight is None else out * weight
 
 
 def _normalized(x: Tensor, normalized_shape: int | Sequence[int], name: str) -> int:
     shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
     if not shape or x.shape[-len(shape):] != shape:
-        raise ShapeError(f"{name}: normalized_shape {shape} must be the last dimensions of the input, which is {x.shape}")
+        raise ShapeError(f"{name}: normalized_shape {shape} must be the last dimensions of the input, which "
+                         f"is {x.shape}")
     return len(shape)
 
 
@@ -118,64 +122,65 @@ def dropout(input: Any, p: float = 0.5, training: bool = True) -> Tensor:
     if p == 1.0:
         return x * 0.0
     session = current.session()
-    return _call("dropout", x, session.seed, session.draw(), p=float(p))  # type: ignore[no-any-return]
+    return _call("dropout", x, session.seed, session.draw(), p=float(p))
 
 
-def normalize(input: Any, p: float = 2.0, dim: int | None = None, eps: float = 1e-12, axis: int | None = None) -> Tensor:
+def normalize(input: Any, p: float = 2.0, dim: int | None = None, eps: float = 1e-12,
+              axis: int | None = None) -> Tensor:
     """x / max(p-norm of x along `dim`, eps); dim is 1 unless given."""
     x = _t(input)
     over = normalize_axis(pick_axis(axis, dim, 1), x.ndim, "normalize")
     if p == 2.0:
         length = (x * x).sum(over, keepdims=True).sqrt()
     elif p == 1.0:
-        length = x.abs().sum(over, keepdims=True)  # type: ignore[attr-defined]
+        length = x.abs().sum(over, keepdims=True)
     elif p == math.inf:
-        length = x.abs().max(over, keepdims=True)  # type: ignore[attr-defined]
+        length = x.abs().max(over, keepdims=True)
     else:
-        length = (x.abs() ** p).sum(over, keepdims=True) ** (1 / p)  # type: ignore[attr-defined]
-    return x / length.clip(min=eps)  # type: ignore[no-any-return]
+        length = (x.abs() ** p).sum(over, keepdims=True) ** (1 / p)
+    return x / length.clip(min=eps)
 
 
 def flatten(input: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
     """The dimensions start_dim to end_dim (both included) merged into one."""
-    return _t(input).flatten(start_dim, end_dim)  # type: ignore[attr-defined, no-any-return]
+    return _t(input).flatten(start_dim, end_dim)
 
 
 # --- activations ----------------------------------------------------------------------------------------
 
 def relu(input: Any) -> Tensor:
     """max(x, 0)."""
-    return _call("relu", _t(input))  # type: ignore[no-any-return]
+    return _call("relu", _t(input))
 
 
 def gelu(input: Any, approximate: str = "none") -> Tensor:
     """x Phi(x), Phi the normal distribution; approximate="tanh" for its approximation (arXiv:1606.08415)."""
-    return _call("gelu", _t(input), approximate=approximate)  # type: ignore[no-any-return]
+    return _call("gelu", _t(input), approximate=approximate)
 
 
 def silu(input: Any) -> Tensor:
     """x * sigmoid(x)."""
-    return _call("silu", _t(input))  # type: ignore[no-any-return]
+    return _call("silu", _t(input))
 
 
 def sigmoid(input: Any) -> Tensor:
     """1 / (1 + exp(-x))."""
-    return _call("sigmoid", _t(input))  # type: ignore[no-any-return]
+    return _call("sigmoid", _t(input))
 
 
 def tanh(input: Any) -> Tensor:
     """Hyperbolic tangent."""
-    return _call("tanh", _t(input))  # type: ignore[no-any-return]
+    return _call("tanh", _t(input))
 
 
 def leaky_relu(input: Any, negative_slope: float = 0.01) -> Tensor:
     """x where x > 0, else negative_slope * x."""
-    return _call("leaky_relu", _t(input), negative_slope=float(negative_slope))  # type: ignore[no-any-return]
+    return _call("leaky_relu", _t(input), negative_slope=float(negative_slope))
 
 
 def softplus(input: Any, beta: float = 1.0, threshold: float = 20.0) -> Tensor:
     """log(1 + exp(beta x)) / beta; x itself where beta x > threshold."""
-    return _call("softplus", _t(input), beta=float(beta), threshold=float(threshold))  # type: ignore[no-any-return]
+    return _call("softplus", _t(input), beta=float(beta), threshold=float(threshold))
 
 
 def elu(input: Any, alpha: float = 1.0) -> Tensor:
@@ -190,7 +195,8 @@ def softmax(input: Any, axis: int | None = None, dtype: AnyDType = None, *, dim:
     return _along("softmax", input, axis, dim, dtype)
 
 
-def log_softmax(input: Any, axis: int | None = None, dtype: AnyDType = None, *, dim: int | None = None) -> Tensor:
+def log_softmax(input: Any, axis: int | None = None, dtype: AnyDType = None, *,
+                dim: int | None = None) -> Tensor:
     """log(softmax(x)) along `axis` (the last unless given), without overflow."""
     return _along("log_softmax", input, axis, dim, dtype)
 
@@ -198,8 +204,8 @@ def log_softmax(input: Any, axis: int | None = None, dtype: AnyDType = None, *, 
 def _along(name: str, input: Any, axis: int | None, dim: int | None, dtype: AnyDType) -> Tensor:
     x = _t(input)
     if dtype is not None:
-        x = x.astype(dtype)  # type: ignore[attr-defined]
-    return _call(name, x, axis=normalize_axis(pick_axis(axis, dim), x.ndim, name))  # type: ignore[no-any-return]
+        x = x.astype(dtype)
+    return _call(name, x, axis=normalize_axis(pick_axis(axis, dim), x.ndim, name))
 
 
 # --- attention ------------------------------------------------------------------------------------------
@@ -209,16 +215,17 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
                                  enable_gqa: bool = False) -> Tensor:
     """softmax(query @ key.T * scale + mask) @ value (arXiv:1706.03762, eq. 1).
 
-    query (..., L, E), key (..., S, E), value (..., S, V) give (..., L, V); scale is 1/sqrt(E) unless given. A boolean
-    `attn_mask` (..., L, S) is true where a query may look; a floating one is added. is_causal: query i looks at
-    keys 0..i. A query that may look nowhere gives zeros. enable_gqa: the query has a multiple of the key's heads
-    (dimension -3). Raises ShapeError, DTypeError.
+    query (..., L, E), key (..., S, E), value (..., S, V) give (..., L, V); scale is 1/sqrt(E) unless given. A
+    boolean `attn_mask` (..., L, S) is true where a query may look; a floating one is added. is_causal: query
+    i looks at keys 0..i. A query that may look nowhere gives zeros. enable_gqa: the query has a multiple of
+    the key's heads (dimension -3). Raises ShapeError, DTypeError.
     """
     if is_causal and attn_mask is not None:
         raise ShapeError("scaled_dot_product_attention: give attn_mask or is_causal=True, not both")
     if enable_gqa:
         key, value = (_repeat_heads(x, query.shape[-3]) for x in (key, value))
-    scores = _call("matmul", query, key, transpose_y=True) * (1 / math.sqrt(query.shape[-1]) if scale is None else scale)
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = _call("matmul", query, key, transpose_y=True) * scale
     allowed = None
     if is_causal:
         allowed = _call("tril", _ones(scores.shape[-2:]), k=0)
@@ -227,17 +234,17 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
         if mask.dtype.kind == "b":
             allowed = mask
         elif is_floating(mask.dtype):
-            scores = scores + (mask if mask.dtype == scores.dtype else mask.astype(scores.dtype))  # type: ignore[attr-defined]
+            scores = scores + (mask if mask.dtype == scores.dtype else mask.astype(scores.dtype))
         else:
-            raise DTypeError(f"scaled_dot_product_attention: attn_mask has dtype {mask.dtype}; use a boolean mask (true "
-                             f"where a query may look) or a floating one (added to the scores)")
+            raise DTypeError(f"scaled_dot_product_attention: attn_mask has dtype {mask.dtype}; use a boolean "
+                             f"mask (true where a query may look) or a floating one (added to the scores)")
     weights = _attention_weights(scores, allowed)
-    return _call("matmul", dropout(weights, dropout_p), value)  # type: ignore[no-any-return]
+    return _call("matmul", dropout(weights, dropout_p), value)
 
 
 def _attention_weights(scores: Tensor, allowed: Tensor | None) -> Tensor:
     if allowed is None:
-        return _call("softmax", scores, axis=scores.ndim - 1)  # type: ignore[no-any-return]
+        return _call("softmax", scores, axis=scores.ndim - 1)
     # A finite floor instead of -inf: a row without any allowed place stays free of NaN, forward and backward.
     floor = -3e4 if scores.dtype.name == "float16" else -1e30
     weights = _call("softmax", where(allowed, scores, floor), axis=scores.ndim - 1)
@@ -253,17 +260,18 @@ def _repeat_heads(x: Tensor, heads: int) -> Tensor:
     """(..., H, S, E) with every head repeated side by side up to `heads`."""
     *batch, have, length, width = x.shape
     if heads % have:
-        raise ShapeError(f"scaled_dot_product_attention: {heads} query heads are no multiple of {have} key heads")
+        raise ShapeError(f"scaled_dot_product_attention: {heads} query heads are no multiple of {have} "
+                         f"key heads")
     if heads == have:
         return x
-    stretched = broadcast_to(x.reshape(*batch, have, 1, length, width),  # type: ignore[attr-defined]
+    stretched = broadcast_to(x.reshape(*batch, have, 1, length, width),
                              (*batch, have, heads // have, length, width))
-    return stretched.reshape(*batch, heads, length, width)  # type: ignore[attr-defined, no-any-return]
+    return stretched.reshape(*batch, heads, length, width)
 
 
 __all__ = [
-    "binary_cross_entropy_with_logits", "cross_entropy", "dropout", "elu", "embedding", "flatten", "gelu", "huber_loss",
-    "l1_loss", "layer_norm", "leaky_relu", "linear", "log_softmax", "mse_loss", "nll_loss", "normalize", "one_hot",
-    "relu", "rms_norm", "scaled_dot_product_attention", "sigmoid", "silu", "smooth_l1_loss", "softmax", "softplus",
-    "tanh",
+    "binary_cross_entropy_with_logits", "cross_entropy", "dropout", "elu", "embedding", "flatten", "gelu",
+    "huber_loss", "l1_loss", "layer_norm", "leaky_relu", "linear", "log_softmax", "mse_loss", "nll_loss",
+    "normalize", "one_hot", "relu", "rms_norm", "scaled_dot_product_attention", "sigmoid", "silu",
+    "smooth_l1_loss", "softmax", "softplus", "tanh",
 ]

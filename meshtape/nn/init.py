@@ -10,7 +10,7 @@ import math
 from meshtape import random
 from meshtape.autograd import Tensor
 from meshtape.creation import eye, full_like
-from meshtape.elementwise import erf, exp, log1p, sign, sqrt  # type: ignore[attr-defined]
+from meshtape.elementwise import erf, exp, log1p, sign, sqrt
 from meshtape.gradmode import no_grad
 from meshtape.runtime.errors import ShapeError
 from meshtape.scheduler.layout import Layout, Partial, Replicate
@@ -27,23 +27,24 @@ def _set(t: Tensor, values: Tensor) -> Tensor:
 
 def uniform_(tensor: Tensor, a: float = 0.0, b: float = 1.0) -> Tensor:
     """Uniform on [a, b)."""
-    return _set(tensor, random.uniform(a, b, tensor.shape, dtype=tensor.dtype, layout=_layout(tensor)))  # type: ignore[arg-type]
+    return _set(tensor, random.uniform(a, b, tensor.shape, dtype=tensor.dtype, layout=_layout(tensor)))
 
 
 def normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Normal with this mean and standard deviation."""
-    return _set(tensor, random.normal(mean, std, tensor.shape, dtype=tensor.dtype, layout=_layout(tensor)))  # type: ignore[arg-type]
+    return _set(tensor, random.normal(mean, std, tensor.shape, dtype=tensor.dtype, layout=_layout(tensor)))
 
 
-def trunc_normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float = 2.0) -> Tensor:
-    """Normal, restricted to [a, b] (bounds of the values, not multiples of std): the inverse of the distribution
-    function at uniform numbers, computed in float64.
+def trunc_normal_(tensor: Tensor, mean: float = 0.0, std: float = 1.0, a: float = -2.0,
+                  b: float = 2.0) -> Tensor:
+    """Normal, restricted to [a, b] (bounds of the values, not multiples of std): the inverse of the
+    distribution function at uniform numbers, computed in float64.
     """
     below, above = (math.erf((bound - mean) / std / math.sqrt(2.0)) for bound in (a, b))
     with no_grad():
-        y = random.uniform(below, above, tensor.shape, dtype="float64", layout=_layout(tensor))  # type: ignore[arg-type]
+        y = random.uniform(below, above, tensor.shape, dtype="float64", layout=_layout(tensor))
         values = inverse_erf(y) * (std * math.sqrt(2.0)) + mean
-        return tensor.assign(values.clip(a, b), "nn.init")  # type: ignore[attr-defined]
+        return tensor.assign(values.clip(a, b), "nn.init")
 
 
 def inverse_erf(y: Tensor) -> Tensor:
@@ -51,7 +52,7 @@ def inverse_erf(y: Tensor) -> Tensor:
 
     Winitzki's approximation (relative error 2e-3) and two steps of Halley's method.
     """
-    y = y.clip(-1 + 2.0 ** -53, 1 - 2.0 ** -53)  # type: ignore[attr-defined]
+    y = y.clip(-1 + 2.0 ** -53, 1 - 2.0 ** -53)
     k = 0.147
     logarithm = log1p(-y * y)
     half = logarithm * 0.5 + 2 / (math.pi * k)
@@ -59,7 +60,7 @@ def inverse_erf(y: Tensor) -> Tensor:
     for _ in range(2):
         u = (erf(x) - y) * exp(x * x) * (math.sqrt(math.pi) / 2)
         x = x - u / (x * u + 1)
-    return x  # type: ignore[no-any-return]
+    return x
 
 
 def constant_(tensor: Tensor, val: float) -> Tensor:
@@ -88,7 +89,7 @@ def eye_(tensor: Tensor) -> Tensor:
 def zero_row_(tensor: Tensor, row: int) -> Tensor:
     """0 in one row of a table; the others stay."""
     with no_grad():
-        tensor[row] = 0.0  # type: ignore[index]
+        tensor[row] = 0.0
     return tensor
 
 
@@ -100,14 +101,16 @@ def calculate_gain(nonlinearity: str, param: float | None = None) -> float:
         slope = 0.01 if param is None else param
         return math.sqrt(2.0 / (1.0 + slope * slope))
     if nonlinearity not in table:
-        raise ValueError(f"calculate_gain: {nonlinearity!r} is unknown; use one of {', '.join(table)}, leaky_relu")
+        raise ValueError(f"calculate_gain: {nonlinearity!r} is unknown; use one of {', '.join(table)}, "
+                         f"leaky_relu")
     return table[nonlinearity]
 
 
 def fans(tensor: Tensor) -> tuple[int, int]:
     """(fan_in, fan_out) of a weight (out, in, *kernel)."""
     if tensor.ndim < 2:
-        raise ShapeError(f"fan in and fan out need a weight of at least 2 dimensions, got shape {tensor.shape}")
+        raise ShapeError(f"fan in and fan out need a weight of at least 2 dimensions, got shape "
+                         f"{tensor.shape}")
     field = math.prod(tensor.shape[2:])
     return tensor.shape[1] * field, tensor.shape[0] * field
 
@@ -130,16 +133,21 @@ def _kaiming_std(tensor: Tensor, a: float, mode: str, nonlinearity: str) -> floa
     return calculate_gain(nonlinearity, a) / math.sqrt(max(fan, 1))
 
 
-def kaiming_uniform_(tensor: Tensor, a: float = 0.0, mode: str = "fan_in", nonlinearity: str = "leaky_relu") -> Tensor:
-    """Uniform in +-gain sqrt(3 / fan) (He et al. 2015, arXiv:1502.01852); `a` is leaky_relu's negative slope."""
+def kaiming_uniform_(tensor: Tensor, a: float = 0.0, mode: str = "fan_in",
+                     nonlinearity: str = "leaky_relu") -> Tensor:
+    """Uniform in +-gain sqrt(3 / fan) (He et al. 2015, arXiv:1502.01852); `a` is leaky_relu's negative slope.
+    """
     bound = math.sqrt(3.0) * _kaiming_std(tensor, a, mode, nonlinearity)
     return uniform_(tensor, -bound, bound)
 
 
-def kaiming_normal_(tensor: Tensor, a: float = 0.0, mode: str = "fan_in", nonlinearity: str = "leaky_relu") -> Tensor:
-    """Normal with std gain / sqrt(fan) (He et al. 2015, arXiv:1502.01852); `a` is leaky_relu's negative slope."""
+def kaiming_normal_(tensor: Tensor, a: float = 0.0, mode: str = "fan_in",
+                    nonlinearity: str = "leaky_relu") -> Tensor:
+    """Normal with std gain / sqrt(fan) (He et al. 2015, arXiv:1502.01852); `a` is leaky_relu's negative
+    slope.
+    """
     return normal_(tensor, 0.0, _kaiming_std(tensor, a, mode, nonlinearity))
 
 
-__all__ = ["calculate_gain", "constant_", "eye_", "fans", "kaiming_normal_", "kaiming_uniform_", "normal_", "ones_",
-           "trunc_normal_", "uniform_", "xavier_normal_", "xavier_uniform_", "zeros_"]
+__all__ = ["calculate_gain", "constant_", "eye_", "fans", "kaiming_normal_", "kaiming_uniform_", "normal_",
+           "ones_", "trunc_normal_", "uniform_", "xavier_normal_", "xavier_uniform_", "zeros_"]

@@ -31,7 +31,8 @@ class Linear(Module):
     Initialised uniformly in +-1/sqrt(in_features), as torch does.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, dtype: AnyDType = None) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool = True,
+                 dtype: AnyDType = None) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -50,7 +51,8 @@ class Linear(Module):
         return functional.linear(x, self.weight, self.bias)
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        bias = self.bias is not None
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={bias}"
 
 
 class Embedding(Module):
@@ -87,10 +89,11 @@ class Embedding(Module):
 
 
 class LayerNorm(Module):
-    """Normalization over the last dimensions, whose shape is `normalized_shape`; see functional.layer_norm."""
+    """Normalization over the last dimensions, whose shape is `normalized_shape`; see functional.layer_norm.
+    """
 
-    def __init__(self, normalized_shape: int | Sequence[int], eps: float = 1e-5, elementwise_affine: bool = True,
-                 bias: bool = True, dtype: AnyDType = None) -> None:
+    def __init__(self, normalized_shape: int | Sequence[int], eps: float = 1e-5,
+                 elementwise_affine: bool = True, bias: bool = True, dtype: AnyDType = None) -> None:
         super().__init__()
         self.normalized_shape = _shape(normalized_shape)
         self.eps = eps

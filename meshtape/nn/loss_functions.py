@@ -12,7 +12,7 @@ from meshtape.runtime.errors import DTypeError, ShapeError
 from meshtape.runtime.op import lookup
 
 
-def _t(x: Any) -> Tensor:
+def _t(x: Any) -> Any:
     return x if isinstance(x, Tensor) else as_tensor(x)
 
 
@@ -29,15 +29,16 @@ def _check(name: str, reduction: str) -> None:
 def reduce(loss: Any, reduction: str) -> Tensor:
     """The losses' mean or sum, or all of them."""
     if reduction == "mean":
-        return loss.mean()  # type: ignore[no-any-return]
-    return loss.sum() if reduction == "sum" else loss  # type: ignore[no-any-return]
+        return loss.mean()
+    return loss.sum() if reduction == "sum" else loss
 
 
 # --- classification -------------------------------------------------------------------------------------
 
 def cross_entropy(input: Any, target: Any, weight: Tensor | None = None, ignore_index: int = -100,
                   reduction: str = "mean", label_smoothing: float = 0.0) -> Tensor:
-    """-log softmax(input)[target], averaged over the targets that are not `ignore_index` (by weight, if given).
+    """-log softmax(input)[target], averaged over the targets that are not `ignore_index` (by weight, if
+    given).
 
     input: logits (N, C), (C,) or (N, C, d1, ...); target: class indices, integers of that shape without C, or
     probabilities of the input's shape. label_smoothing (0 to 1) mixes in the uniform distribution
@@ -53,7 +54,7 @@ def cross_entropy(input: Any, target: Any, weight: Tensor | None = None, ignore_
         total, count, _ = _call("cross_entropy", x, y, ignore_index=int(ignore_index),
                                 label_smoothing=float(label_smoothing))
         loss = total / count.detach() if reduction == "mean" else total
-        return loss if loss.dtype == x.dtype else loss.astype(x.dtype)  # type: ignore[no-any-return]
+        return loss if loss.dtype == x.dtype else loss.astype(x.dtype)
     logp = _call("log_softmax", x, axis=_class_axis(x, "cross_entropy"))
     if not label_smoothing:
         return nll_loss(logp, y, weight, ignore_index, reduction)
@@ -62,7 +63,8 @@ def cross_entropy(input: Any, target: Any, weight: Tensor | None = None, ignore_
 
 def _class_axis(x: Tensor, name: str) -> int:
     if not x.ndim:
-        raise ShapeError(f"{name}: the input is a number; give logits of shape (N, C), (C,) or (N, C, d1, ...)")
+        raise ShapeError(f"{name}: the input is a number; give logits of shape (N, C), (C,) or (N, C, d1, "
+                         f"...)")
     return min(1, x.ndim - 1)
 
 
@@ -70,11 +72,13 @@ def _along_classes(weight: Any, x: Tensor, name: str) -> Tensor:
     """The weight of every class, shaped to multiply `x`."""
     axis, w = _class_axis(x, name), _t(weight)
     if w.shape != (x.shape[axis],):
-        raise ShapeError(f"{name}: weight has shape {w.shape}; give one number for each of {x.shape[axis]} classes")
-    return w.reshape((1,) * axis + w.shape + (1,) * (x.ndim - axis - 1))  # type: ignore[attr-defined, no-any-return]
+        raise ShapeError(f"{name}: weight has shape {w.shape}; give one number for each of {x.shape[axis]} "
+                         f"classes")
+    return w.reshape((1,) * axis + w.shape + (1,) * (x.ndim - axis - 1))
 
 
-def _by_probabilities(x: Tensor, y: Tensor, weight: Tensor | None, reduction: str, smoothing: float) -> Tensor:
+def _by_probabilities(x: Tensor, y: Tensor, weight: Tensor | None, reduction: str,
+                      smoothing: float) -> Tensor:
     axis = _class_axis(x, "cross_entropy")
     logp = _call("log_softmax", x, axis=axis)
     if smoothing:
@@ -83,7 +87,7 @@ def _by_probabilities(x: Tensor, y: Tensor, weight: Tensor | None, reduction: st
     loss = -weighted.sum(axis)
     if reduction != "mean":
         return reduce(loss, reduction)
-    return loss.sum() / max(loss.size, 1)  # type: ignore[no-any-return]
+    return loss.sum() / max(loss.size, 1)
 
 
 def nll_loss(input: Any, target: Any, weight: Tensor | None = None, ignore_index: int = -100,
@@ -99,16 +103,16 @@ def nll_loss(input: Any, target: Any, weight: Tensor | None = None, ignore_index
     if weight is None:
         if reduction != "mean":
             return reduce(losses, reduction)
-        return losses.sum() / (y != ignore_index).sum().astype(losses.dtype)  # type: ignore[no-any-return, union-attr, attr-defined]
+        return losses.sum() / (y != ignore_index).sum().astype(losses.dtype)
     picked = _weights_of(weight, logp, y, int(ignore_index))
     losses = losses * picked
-    return losses.sum() / picked.sum() if reduction == "mean" else reduce(losses, reduction)  # type: ignore[no-any-return]
+    return losses.sum() / picked.sum() if reduction == "mean" else reduce(losses, reduction)
 
 
 def _weights_of(weight: Any, logp: Tensor, y: Tensor, ignore_index: int) -> Tensor:
     """weight[target], 0 for ignored targets: what nll picks of the negated weights."""
-    w = _along_classes(weight, logp, "nll_loss").detach().astype(logp.dtype)  # type: ignore[attr-defined]
-    return _call("nll", broadcast_to(-w, logp.shape), y, ignore_index=ignore_index)  # type: ignore[no-any-return]
+    w = _along_classes(weight, logp, "nll_loss").detach().astype(logp.dtype)
+    return _call("nll", broadcast_to(-w, logp.shape), y, ignore_index=ignore_index)
 
 
 def _smoothed(logp: Tensor, y: Tensor, weight: Tensor | None, ignore_index: int, reduction: str,
@@ -117,26 +121,29 @@ def _smoothed(logp: Tensor, y: Tensor, weight: Tensor | None, ignore_index: int,
     axis = _class_axis(logp, "cross_entropy")
     weighted = logp if weight is None else logp * _along_classes(weight, logp, "cross_entropy")
     counted = y != ignore_index
-    uniform = where(counted, -weighted.sum(axis), 0.0)  # type: ignore[attr-defined]
+    uniform = where(counted, -weighted.sum(axis), 0.0)
     plain = nll_loss(logp, y, weight, ignore_index, "none")
     losses = plain * (1 - smoothing) + uniform * (smoothing / logp.shape[axis])
     if reduction != "mean":
         return reduce(losses, reduction)
-    count = (counted.sum().astype(logp.dtype) if weight is None  # type: ignore[union-attr, attr-defined]
-             else _weights_of(weight, logp, y, ignore_index).sum())  # type: ignore[attr-defined]
-    return losses.sum() / count  # type: ignore[no-any-return]
+    count = (counted.sum().astype(logp.dtype) if weight is None
+             else _weights_of(weight, logp, y, ignore_index).sum())
+    return losses.sum() / count
 
 
-def binary_cross_entropy_with_logits(input: Any, target: Any, weight: Tensor | None = None, reduction: str = "mean",
-                                     pos_weight: Tensor | None = None) -> Tensor:
-    """-(y log sigmoid(x) + (1 - y) log(1 - sigmoid(x))), without overflow; `pos_weight` multiplies the first term."""
+def binary_cross_entropy_with_logits(input: Any, target: Any, weight: Tensor | None = None,
+                                     reduction: str = "mean", pos_weight: Tensor | None = None) -> Tensor:
+    """-(y log sigmoid(x) + (1 - y) log(1 - sigmoid(x))), without overflow; `pos_weight` multiplies the first
+    term.
+    """
     name = "binary_cross_entropy_with_logits"
     _check(name, reduction)
     x, y = _t(input), _t(target)
     if x.shape != y.shape:
         raise ShapeError(f"{name}: input {x.shape} and target {y.shape} must have one shape")
     if not is_floating(y.dtype):
-        raise DTypeError(f"{name}: targets are probabilities of a floating dtype, got {y.dtype}; cast them with astype")
+        raise DTypeError(f"{name}: targets are probabilities of a floating dtype, got {y.dtype}; cast them "
+                         f"with astype")
     # -log sigmoid(x) = softplus(-x). Beyond 1e4, softplus(x) is x in every dtype, so that threshold is exact.
     positive = _call("softplus", -x, threshold=1e4)
     if pos_weight is None:
@@ -150,17 +157,17 @@ def binary_cross_entropy_with_logits(input: Any, target: Any, weight: Tensor | N
 
 def _difference(name: str, input: Any, target: Any, reduction: str) -> Tensor:
     _check(name, reduction)
-    return _t(input) - _t(target)  # type: ignore[operator, no-any-return]
+    return _t(input) - _t(target)
 
 
 def mse_loss(input: Any, target: Any, reduction: str = "mean") -> Tensor:
     """(input - target)^2; shapes broadcast."""
-    return reduce(_difference("mse_loss", input, target, reduction).square(), reduction)  # type: ignore[attr-defined]
+    return reduce(_difference("mse_loss", input, target, reduction).square(), reduction)
 
 
 def l1_loss(input: Any, target: Any, reduction: str = "mean") -> Tensor:
     """|input - target|; shapes broadcast."""
-    return reduce(_difference("l1_loss", input, target, reduction).abs(), reduction)  # type: ignore[attr-defined]
+    return reduce(_difference("l1_loss", input, target, reduction).abs(), reduction)
 
 
 def smooth_l1_loss(input: Any, target: Any, reduction: str = "mean", beta: float = 1.0) -> Tensor:
@@ -170,8 +177,8 @@ def smooth_l1_loss(input: Any, target: Any, reduction: str = "mean", beta: float
     if beta == 0:
         return l1_loss(input, target, reduction)
     d = _difference("smooth_l1_loss", input, target, reduction)
-    size = d.abs()  # type: ignore[attr-defined]
-    return reduce(where(size < beta, d.square() * (0.5 / beta), size - 0.5 * beta), reduction)  # type: ignore[attr-defined]
+    size = d.abs()
+    return reduce(where(size < beta, d.square() * (0.5 / beta), size - 0.5 * beta), reduction)
 
 
 def huber_loss(input: Any, target: Any, reduction: str = "mean", delta: float = 1.0) -> Tensor:
@@ -179,9 +186,9 @@ def huber_loss(input: Any, target: Any, reduction: str = "mean", delta: float = 
     if delta <= 0:
         raise ValueError(f"huber_loss: delta is {delta}; it is a distance, use more than 0")
     d = _difference("huber_loss", input, target, reduction)
-    size = d.abs()  # type: ignore[attr-defined]
-    return reduce(where(size < delta, d.square() * 0.5, (size - 0.5 * delta) * delta), reduction)  # type: ignore[attr-defined]
+    size = d.abs()
+    return reduce(where(size < delta, d.square() * 0.5, (size - 0.5 * delta) * delta), reduction)
 
 
-__all__ = ["binary_cross_entropy_with_logits", "cross_entropy", "huber_loss", "l1_loss", "mse_loss", "nll_loss",
-           "smooth_l1_loss"]
+__all__ = ["binary_cross_entropy_with_logits", "cross_entropy", "huber_loss", "l1_loss", "mse_loss",
+           "nll_loss", "smooth_l1_loss"]

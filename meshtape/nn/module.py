@@ -41,7 +41,8 @@ class Module:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module computes."""
-        raise NotImplementedError(f"{type(self).__name__} has no forward(); define it to say what the module computes")
+        raise NotImplementedError(f"{type(self).__name__} has no forward(); define it to say what the "
+                                  f"module computes")
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.forward(*args, **kwargs)
@@ -52,7 +53,8 @@ class Module:
         slots = self.__dict__
         if "_parameters" not in slots:
             if isinstance(value, Parameter | Module):
-                raise AttributeError(f"{type(self).__name__}: call super().__init__() before setting {name!r}")
+                raise AttributeError(f"{type(self).__name__}: call super().__init__() before setting "
+                                     f"{name!r}")
             super().__setattr__(name, value)
         elif isinstance(value, Parameter):
             self._forget(name)
@@ -87,7 +89,7 @@ class Module:
     def _forget(self, name: str) -> bool:
         found = False
         for group in (self._parameters, self._buffers, self._modules, self.__dict__):
-            found = group.pop(name, self) is not self or found  # type: ignore[attr-defined]
+            found = group.pop(name, self) is not self or found
         self._transient.discard(name)
         return found
 
@@ -101,7 +103,9 @@ class Module:
         self._parameters[name] = parameter
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
-        """Add a tensor that is part of the state but not trained; persistent=False keeps it out of state_dict()."""
+        """Add a tensor that is part of the state but not trained; persistent=False keeps it out of
+        state_dict().
+        """
         _check_name(self, name)
         self._forget(name)
         self._buffers[name] = tensor
@@ -169,7 +173,7 @@ class Module:
         found: Any = self
         for part in target.split(".") if target else ():
             found = getattr(found, part)
-        return found  # type: ignore[no-any-return]
+        return found
 
     # --- state --------------------------------------------------------------------------------------
 
@@ -187,13 +191,15 @@ class Module:
                     yield _join(where, name), module, tensor
 
     def load_state_dict(self, state: Mapping[str, Any], strict: bool = True) -> LoadResult:
-        """Take the values of `state` (tensors or arrays by dotted name), cast to each parameter's dtype and layout.
+        """Take the values of `state` (tensors or arrays by dotted name), cast to each parameter's dtype and
+        layout.
 
-        Raises StateError that lists every missing and unexpected name (unless strict=False) and every shape that
-        does not fit; then nothing was loaded.
+        Raises StateError that lists every missing and unexpected name (unless strict=False) and every shape
+        that does not fit; then nothing was loaded.
         """
         if not isinstance(state, Mapping):
-            raise StateError(f"load_state_dict: got a {type(state).__name__}; give a dict of names and arrays")
+            raise StateError(f"load_state_dict: got a {type(state).__name__}; give a dict of names and "
+                             f"arrays")
         targets = {name: tensor for name, _, tensor in self._state()}
         missing = [n for n in targets if n not in state]
         unexpected = [n for n in state if n not in targets]
@@ -234,7 +240,7 @@ class Module:
         for p in self.parameters():
             if p.grad is not None:
                 p.grad = None if set_to_none else p.grad * 0
-    
+
     def requires_grad_(self: M, requires_grad: bool = True) -> M:
         """Ask for gradients of all parameters, or stop asking."""
         for p in self.parameters():
@@ -255,11 +261,11 @@ class Module:
             raise DTypeError(f"Module.to: dtype {wanted.name} cannot be trained; use a floating dtype")
         for tensor in (*self.parameters(), *self.buffers()):
             if is_floating(tensor.dtype) and tensor.dtype != wanted:
-                made = tensor.detach().astype(wanted)  # type: ignore[attr-defined]
+                made = tensor.detach().astype(wanted)
                 grad = tensor.grad
                 rebind(tensor, made.block, made.spec)
                 if grad is not None:
-                    tensor.grad = grad.detach().astype(wanted)  # type: ignore[attr-defined]
+                    tensor.grad = grad.detach().astype(wanted)
         return self
 
     def float(self: M) -> M:
@@ -289,7 +295,8 @@ class Module:
         lines = [_indented(f"({name}): {module!r}") for name, module in self._modules.items()]
         if not lines:
             return f"{type(self).__name__}({extra})"
-        return f"{type(self).__name__}(\n" + "".join(f"  {t}\n" for t in ([extra] if extra else []) + lines) + ")"
+        inner = "".join(f"  {line}\n" for line in ([extra] if extra else []) + lines)
+        return f"{type(self).__name__}(\n{inner})"
 
 
 def _indented(text: str) -> str:
@@ -324,7 +331,7 @@ def _fitting(name: str, given: Any, target: Tensor) -> tuple[Tensor | None, str 
         return None, f"{name} has dtype {value.dtype}, which is not numeric"
     tensor = as_tensor(value).detach()
     if tensor.dtype != target.dtype:
-        tensor = tensor.astype(target.dtype)  # type: ignore[attr-defined]
+        tensor = tensor.astype(target.dtype)
     return tensor.to_placements(target.spec.placements), None
 
 

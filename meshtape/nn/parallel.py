@@ -18,16 +18,17 @@ M = TypeVar("M", bound=Module)
 def parallelize(model: M, plan: Mapping[str, AnyLayout]) -> M:
     """Lay out the model's parameters and buffers by name, in place, and return the model.
 
-    `plan` maps names or glob patterns ("0.weight", "blocks.*.up.weight", "*") to layouts; where several match, the
-    last one counts. Gradients move along. Raises LayoutError, before anything moves, for a pattern that matches
-    nothing or a layout that does not fit.
+    `plan` maps names or glob patterns ("0.weight", "blocks.*.up.weight", "*") to layouts; where several
+    match, the last one counts. Gradients move along. Raises LayoutError, before anything moves, for a pattern
+    that matches nothing or a layout that does not fit.
     """
     tensors: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     chosen: dict[str, AnyLayout] = {}
     for pattern, layout in plan.items():
         found = [n for n in tensors if n == pattern or fnmatchcase(n, pattern)]
         if not found:
-            raise LayoutError(f"parallelize: {pattern!r} matches no parameter; this model has {', '.join(tensors)}")
+            raise LayoutError(f"parallelize: {pattern!r} matches no parameter; this model has "
+                              f"{', '.join(tensors)}")
         chosen.update(dict.fromkeys(found, layout))
     placed = []
     for name, layout in chosen.items():

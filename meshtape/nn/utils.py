@@ -16,7 +16,8 @@ from meshtape.runtime.op import lookup
 
 def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm_type: float = 2.0,
                     error_if_nonfinite: bool = False) -> Tensor:
-    """Scale the gradients so that the norm of all of them together is at most `max_norm`; returns the norm before.
+    """Scale the gradients so that the norm of all of them together is at most `max_norm`; returns the norm
+    before.
 
     The norm is that of one vector made of all gradients, whatever their layouts. Waits only if
     error_if_nonfinite (then GradError for a norm that is not finite).
@@ -27,23 +28,25 @@ def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, norm
     with no_grad():
         total = grad_norm([g for _, g in held], norm_type)
         if error_if_nonfinite and not math.isfinite(total.item()):
-            raise GradError(f"clip_grad_norm_: the gradients' norm is {total.item()}; look for inf or nan in the loss")
+            raise GradError(f"clip_grad_norm_: the gradients' norm is {total.item()}; look for inf or nan "
+                            f"in the loss")
         # The constant is torch's; it keeps the quotient finite where all gradients are 0.
-        factor = (max_norm / (total + 1e-6)).clip(max=1.0)  # type: ignore[attr-defined]
+        factor = (max_norm / (total + 1e-6)).clip(max=1.0)
         for p, g in held:
             p.grad = g * (factor if factor.dtype == g.dtype else factor.astype(g.dtype))
     return total
 
 
 def grad_norm(grads: list[Tensor], norm_type: float = 2.0) -> Tensor:
-    """The norm (2, inf, or any p > 0) of all gradients as one vector: a tensor of shape (), not waited for."""
+    """The norm (2, inf, or any p > 0) of all gradients as one vector: a tensor of shape (), not waited for.
+    """
     if norm_type == 2.0:
-        return _sum_of_squares(grads).sqrt()  # type: ignore[attr-defined, no-any-return]
-    sizes = [g.abs() for g in grads]  # type: ignore[attr-defined]
+        return _sum_of_squares(grads).sqrt()
+    sizes = [g.abs() for g in grads]
     if norm_type == math.inf:
-        return stack([s.max() for s in sizes]).max()  # type: ignore[attr-defined, no-any-return]
+        return stack([s.max() for s in sizes]).max()
     powers = stack([(s ** norm_type).sum() for s in sizes])
-    return powers.sum() ** (1.0 / norm_type)  # type: ignore[attr-defined, no-any-return]
+    return powers.sum() ** (1.0 / norm_type)
 
 
 def _sum_of_squares(grads: list[Tensor]) -> Tensor:
@@ -60,14 +63,14 @@ def _sum_of_squares(grads: list[Tensor]) -> Tensor:
     if whole:
         found = apply(row, tuple(whole))
         total = found if total is None else total + found
-    return total  # type: ignore[no-any-return]
+    return total
 
 
 def clip_grad_value_(parameters: Tensor | Iterable[Tensor], clip_value: float) -> None:
     """Lower every gradient's elements to `clip_value` and raise them to `-clip_value`."""
     with no_grad():
         for p, g in _with_grad(parameters):
-            p.grad = g.clip(-clip_value, clip_value)  # type: ignore[attr-defined]
+            p.grad = g.clip(-clip_value, clip_value)
 
 
 def _with_grad(parameters: Tensor | Iterable[Tensor]) -> list[tuple[Tensor, Tensor]]:

@@ -27,13 +27,16 @@ class Adam(Optimizer):
     def update(self, group: Group, params: list[Tensor]) -> None:
         names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
         step = 1 + self.state_of(params[0], ())["step"]
-        scalars = (*(float(v) for v in (group["lr"], *group["betas"], group["eps"], group["weight_decay"])), step)
-        self.run("adam_update", scalars, params, names, decoupled=self.decoupled, amsgrad=bool(group["amsgrad"]),
-                 maximize=bool(group["maximize"]))
+        scalars = (*(float(v) for v in (group["lr"], *group["betas"], group["eps"], group["weight_decay"])),
+                   step)
+        self.run("adam_update", scalars, params, names, decoupled=self.decoupled,
+                 amsgrad=bool(group["amsgrad"]), maximize=bool(group["maximize"]))
 
 
 class AdamW(Adam):
-    """Adam with the weight decay taken off the parameter itself, p *= 1 - lr * weight_decay (arXiv:1711.05101)."""
+    """Adam with the weight decay taken off the parameter itself, p *= 1 - lr * weight_decay
+    (arXiv:1711.05101).
+    """
 
     decoupled = True
 

@@ -1,7 +1,7 @@
 """Learning-rate schedules: Python arithmetic on an optimizer's groups, by torch.optim.lr_scheduler's names.
 
-A rate is a scalar operand of the update, so changing it changes no program. Every schedule is a formula of the number
-of steps t since it began and of the group's initial rate.
+A rate is a scalar operand of the update, so changing it changes no program. Every schedule is a formula of
+the number of steps t since it began and of the group's initial rate.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class LRScheduler:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state_dict(); sets the groups' rates. Raises StateError."""
         if not {"last_epoch", "base_lrs"} <= set(state) or len(state["base_lrs"]) != len(self.base_lrs):
-            raise StateError(f"{type(self).__name__}: a scheduler's state has 'last_epoch' and {len(self.base_lrs)} "
-                             f"'base_lrs', got {dict(state)}")
+            raise StateError(f"{type(self).__name__}: a scheduler's state has 'last_epoch' and "
+                             f"{len(self.base_lrs)} 'base_lrs', got {dict(state)}")
         self.last_epoch, self.base_lrs = int(state["last_epoch"]), [float(b) for b in state["base_lrs"]]
         self.set_rates(self.last_epoch)
 
@@ -61,7 +61,8 @@ class LRScheduler:
 class StepLR(LRScheduler):
     """base * gamma^(t // step_size)."""
 
-    def __init__(self, optimizer: Optimizer, step_size: int, gamma: float = 0.1, last_epoch: int = -1) -> None:
+    def __init__(self, optimizer: Optimizer, step_size: int, gamma: float = 0.1,
+                 last_epoch: int = -1) -> None:
         self.step_size, self.gamma = step_size, gamma
         super().__init__(optimizer, last_epoch)
 
@@ -95,12 +96,14 @@ class ExponentialLR(LRScheduler):
 class LambdaLR(LRScheduler):
     """base * lr_lambda(t); one function, or one for each group."""
 
-    def __init__(self, optimizer: Optimizer, lr_lambda: Callable[[int], float] | Sequence[Callable[[int], float]],
+    def __init__(self, optimizer: Optimizer,
+                 lr_lambda: Callable[[int], float] | Sequence[Callable[[int], float]],
                  last_epoch: int = -1) -> None:
         n = len(optimizer.param_groups)
         self.lr_lambdas = [lr_lambda] * n if callable(lr_lambda) else list(lr_lambda)
         if len(self.lr_lambdas) != n:
-            raise ValueError(f"LambdaLR: {len(self.lr_lambdas)} functions for {n} parameter groups; give one for each")
+            raise ValueError(f"LambdaLR: {len(self.lr_lambdas)} functions for {n} parameter groups; give "
+                             f"one for each")
         super().__init__(optimizer, last_epoch)
 
     def rate(self, t: int, base: float, index: int) -> float:
@@ -113,7 +116,8 @@ class LinearLR(LRScheduler):
     def __init__(self, optimizer: Optimizer, start_factor: float = 1 / 3, end_factor: float = 1.0,
                  total_iters: int = 5, last_epoch: int = -1) -> None:
         if not 0 < start_factor <= 1 or not 0 <= end_factor <= 1:
-            raise ValueError(f"LinearLR: factors {start_factor} and {end_factor}; start lies in (0, 1], end in [0, 1]")
+            raise ValueError(f"LinearLR: factors {start_factor} and {end_factor}; start lies in (0, 1], end "
+                             f"in [0, 1]")
         self.start_factor, self.end_factor, self.total_iters = start_factor, end_factor, total_iters
         super().__init__(optimizer, last_epoch)
 
@@ -134,10 +138,11 @@ class CosineAnnealingLR(LRScheduler):
 
 
 class OneCycleLR(LRScheduler):
-    """Up to max_lr and down again within total_steps (arXiv:1708.07120); torch's defaults, without momentum cycling.
+    """Up to max_lr and down again within total_steps (arXiv:1708.07120); torch's defaults, without momentum
+    cycling.
 
-    The rate starts at max_lr / div_factor, rises over the first pct_start of the steps, and ends at the start's value
-    divided by final_div_factor; anneal_strategy is "cos" or "linear".
+    The rate starts at max_lr / div_factor, rises over the first pct_start of the steps, and ends at the
+    start's value divided by final_div_factor; anneal_strategy is "cos" or "linear".
     """
 
     def __init__(self, optimizer: Optimizer, max_lr: float | Sequence[float], total_steps: int | None = None,
@@ -155,7 +160,8 @@ class OneCycleLR(LRScheduler):
         n = len(optimizer.param_groups)
         self.max_lrs = [float(max_lr)] * n if isinstance(max_lr, int | float) else [float(v) for v in max_lr]
         if len(self.max_lrs) != n:
-            raise ValueError(f"OneCycleLR: {len(self.max_lrs)} rates for {n} parameter groups; give one for each")
+            raise ValueError(f"OneCycleLR: {len(self.max_lrs)} rates for {n} parameter groups; give one "
+                             f"for each")
         super().__init__(optimizer, last_epoch)
 
     def rate(self, t: int, base: float, index: int) -> float:
@@ -180,8 +186,8 @@ class SequentialLR(LRScheduler):
     def __init__(self, optimizer: Optimizer, schedulers: Sequence[LRScheduler], milestones: Sequence[int],
                  last_epoch: int = -1) -> None:
         if len(milestones) != len(schedulers) - 1:
-            raise ValueError(f"SequentialLR: {len(schedulers)} schedules need {len(schedulers) - 1} milestones, got "
-                             f"{len(milestones)}")
+            raise ValueError(f"SequentialLR: {len(schedulers)} schedules need {len(schedulers) - 1} "
+                             f"milestones, got {len(milestones)}")
         if any(s.optimizer is not optimizer for s in schedulers):
             raise ValueError("SequentialLR: all schedules must be of the same optimizer")
         self.schedulers, self.milestones = list(schedulers), list(milestones)
@@ -193,5 +199,5 @@ class SequentialLR(LRScheduler):
         return self.schedulers[phase].rate(t - begun, base, index)
 
 
-__all__ = ["CosineAnnealingLR", "ExponentialLR", "LRScheduler", "LambdaLR", "LinearLR", "MultiStepLR", "OneCycleLR",
-           "SequentialLR", "StepLR"]
+__all__ = ["CosineAnnealingLR", "ExponentialLR", "LRScheduler", "LambdaLR", "LinearLR", "MultiStepLR",
+           "OneCycleLR", "SequentialLR", "StepLR"]

@@ -14,7 +14,7 @@ from meshtape.gradmode import enable_grad
 from meshtape.runtime.dtypes import is_floating
 from meshtape.runtime.errors import DTypeError, StateError
 from meshtape.runtime.op import lookup
-from meshtape.scheduler.session import user_site
+from meshtape.scheduler.sites import user_site
 
 Group = dict[str, Any]
 State = dict[str, Any]
@@ -38,11 +38,14 @@ class Optimizer:
             self.add_param_group(group)
 
     def add_param_group(self, group: Mapping[str, Any]) -> None:
-        """Add parameters with hyperparameters of their own. Raises ValueError on one that is in a group already."""
+        """Add parameters with hyperparameters of their own. Raises ValueError on one that is in a group
+        already.
+        """
         name = type(self).__name__
         unknown = set(group) - set(self.defaults) - {"params", "initial_lr", "name"}
         if unknown:
-            raise ValueError(f"{name}: a group sets {sorted(unknown)}; its hyperparameters are {sorted(self.defaults)}")
+            raise ValueError(f"{name}: a group sets {sorted(unknown)}; its hyperparameters are "
+                             f"{sorted(self.defaults)}")
         params = group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         known = {id(p) for g in self.param_groups for p in g["params"]}
@@ -50,7 +53,8 @@ class Optimizer:
             if not isinstance(p, Tensor):
                 raise TypeError(f"{name}: parameters are tensors, got a {type(p).__name__}")
             if not p.is_leaf:
-                raise ValueError(f"{name}: a computed tensor of shape {p.shape} cannot be optimized; pass leaves")
+                raise ValueError(f"{name}: a computed tensor of shape {p.shape} cannot be optimized; pass "
+                                 f"leaves")
             if not is_floating(p.dtype):
                 raise DTypeError(f"{name}: a parameter has dtype {p.dtype}; use a floating dtype")
             if id(p) in known:
@@ -62,7 +66,8 @@ class Optimizer:
 
     def check_group(self, group: Group) -> None:
         """Raise ValueError for hyperparameters that make no sense."""
-        for key in ("lr", "momentum", "weight_decay", "eps", "alpha", "lr_decay", "initial_accumulator_value"):
+        for key in ("lr", "momentum", "weight_decay", "eps", "alpha", "lr_decay",
+                    "initial_accumulator_value"):
             value = group.get(key, 0)
             if isinstance(value, bool) or not isinstance(value, int | float | np.number) or value < 0:
                 raise ValueError(f"{type(self).__name__}: {key} is {value!r}; use a number of 0 or more")
@@ -104,7 +109,9 @@ class Optimizer:
         return loss
 
     def _alike(self, group: Group) -> list[list[Tensor]]:
-        """The group's parameters with gradients, those of one step count and kind of state together (usually all)."""
+        """The group's parameters with gradients, those of one step count and kind of state together (usually
+        all).
+        """
         found: dict[Any, list[Tensor]] = {}
         for p in group["params"]:
             if p.grad is not None:
@@ -150,8 +157,9 @@ class Optimizer:
     def state_dict(self) -> dict[str, Any]:
         """{"state": {number: {...}}, "param_groups": [...]}: parameters by number, in order of the groups."""
         number = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
+        numbered = lambda group: {**group, "params": [number[id(p)] for p in group["params"]]}
         return {"state": {number[id(p)]: dict(s) for p, s in self.state.items() if id(p) in number},
-                "param_groups": [{**g, "params": [number[id(p)] for p in g["params"]]} for g in self.param_groups]}
+                "param_groups": [numbered(group) for group in self.param_groups]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Take over hyperparameters and state (tensors or arrays) of an optimizer with equal groups.
@@ -161,14 +169,18 @@ class Optimizer:
         groups, states = self._checked(state_dict)
         params = [p for g in self.param_groups for p in g["params"]]
         for group, found in zip(self.param_groups, groups, strict=True):
-            group.update({k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if k != "params"})
-        self.state = {params[int(i)]: {"step": 0, **{k: _state_value(k, v, params[int(i)]) for k, v in s.items()}}
-                      for i, s in states.items()}
+            group.update({k: tuple(v) if isinstance(v, list) else v
+                          for k, v in found.items() if k != "params"})
+        self.state = {}
+        for i, state in states.items():
+            p = params[int(i)]
+            self.state[p] = {"step": 0, **{k: _state_value(k, v, p) for k, v in state.items()}}
 
     def _checked(self, state_dict: Any) -> tuple[list[Any], Mapping[Any, Mapping[str, Any]]]:
         who = f"{type(self).__name__}.load_state_dict"
         if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-            raise StateError(f"{who}: not an optimizer's state; it needs the entries 'state' and 'param_groups'")
+            raise StateError(f"{who}: not an optimizer's state; it needs the entries 'state' and "
+                             f"'param_groups'")
         groups, states = state_dict["param_groups"], state_dict["state"]
         have = [len(g["params"]) for g in self.param_groups]
         given = [len(g["params"]) for g in groups]
@@ -180,13 +192,13 @@ class Optimizer:
                 raise StateError(f"{who}: a state for parameter {i}, but there are {len(params)}")
             for name, value in state.items():
                 if getattr(value, "ndim", 0) and tuple(value.shape) != params[int(i)].shape:
-                    raise StateError(f"{who}: {name} of parameter {i} has shape {tuple(value.shape)}, the parameter "
-                                     f"{params[int(i)].shape}")
+                    raise StateError(f"{who}: {name} of parameter {i} has shape {tuple(value.shape)}, the "
+                                     f"parameter {params[int(i)].shape}")
         return list(groups), states
 
     def __repr__(self) -> str:
-        lines = [f"Parameter Group {i}\n" + "\n".join(f"    {k}: {v}" for k, v in sorted(g.items()) if k != "params")
-                 for i, g in enumerate(self.param_groups)]
+        values = lambda group: "\n".join(f"    {k}: {v}" for k, v in sorted(group.items()) if k != "params")
+        lines = [f"Parameter Group {i}\n{values(group)}" for i, group in enumerate(self.param_groups)]
         return f"{type(self).__name__} (\n" + "\n\n".join(lines) + "\n)"
 
 
@@ -198,7 +210,7 @@ def _state_value(name: str, value: Any, p: Tensor) -> Any:
         return value
     tensor = as_tensor(value).detach()
     if tensor.dtype != p.dtype:
-        tensor = tensor.astype(p.dtype)  # type: ignore[attr-defined]
+        tensor = tensor.astype(p.dtype)
     return tensor.to_placements(p.spec.placements)
 
 

@@ -10,22 +10,23 @@ from meshtape.optim.optimizer import Group, Optimizer
 
 
 class SGD(Optimizer):
-    """p -= lr * d, with d the gradient, or with momentum b = momentum * b + (1 - dampening) * g (the first b is g).
+    """p -= lr * d, with d the gradient, or with momentum b = momentum * b + (1 - dampening) * g (the first b
+    is g).
 
-    weight_decay adds weight_decay * p to the gradient; nesterov uses g + momentum * b; maximize ascends. Semantics of
-    torch.optim.SGD.
+    weight_decay adds weight_decay * p to the gradient; nesterov uses g + momentum * b; maximize ascends.
+    Semantics of torch.optim.SGD.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
                  weight_decay: float = 0.0, nesterov: bool = False, *, maximize: bool = False) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay,
-                                  "nesterov": nesterov, "maximize": maximize})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "dampening": dampening,
+                                  "weight_decay": weight_decay, "nesterov": nesterov, "maximize": maximize})
 
     def check_group(self, group: Group) -> None:
         super().check_group(group)
         if group["nesterov"] and (group["momentum"] <= 0 or group["dampening"] != 0):
-            raise ValueError(f"SGD: nesterov needs momentum > 0 and dampening 0, got momentum={group['momentum']} and "
-                             f"dampening={group['dampening']}")
+            raise ValueError(f"SGD: nesterov needs momentum > 0 and dampening 0, got "
+                             f"momentum={group['momentum']} and dampening={group['dampening']}")
 
     def update(self, group: Group, params: list[Tensor]) -> None:
         momentum = group["momentum"] != 0

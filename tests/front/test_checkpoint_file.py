@@ -51,9 +51,9 @@ def test_training_goes_on_from_a_file_on_another_mesh(tmp_path: Path) -> None:
 
 def test_nested_structure_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "c"
-    obj = {"a": {"b": [1, 2.5, None, True, "text"], "t": (1, (2,))}, "a.b": np.arange(3), 7: {"x": np.float32(2)},
-           "inf": float("inf"), "empty": {}, "none": np.zeros((0, 3)), "tensor": mt.tensor([[1.0, 2.0]]),
-           "a.b.0": mt.tensor(3), "again": {"": np.ones(2)}}
+    obj = {"a": {"b": [1, 2.5, None, True, "text"], "t": (1, (2,))}, "a.b": np.arange(3),
+           7: {"x": np.float32(2)}, "inf": float("inf"), "empty": {}, "none": np.zeros((0, 3)),
+           "tensor": mt.tensor([[1.0, 2.0]]), "a.b.0": mt.tensor(3), "again": {"": np.ones(2)}}
     mt.save(obj, path, {"note": "hello"})
     found = mt.load(path)
     assert list(found) == list(obj)
@@ -67,13 +67,14 @@ def test_nested_structure_comes_back(tmp_path: Path) -> None:
 def test_every_dtype_comes_back(tmp_path: Path) -> None:
     pytest.importorskip("ml_dtypes")
     path = tmp_path / "c"
-    names = ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16", "float32",
-             "float64", "complex64", "complex128", mt.bfloat16.name]
+    names = ["bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16",
+             "float32", "float64", "complex64", "complex128", mt.bfloat16.name]
     rng = np.random.default_rng(0)
     arrays = {n: (rng.normal(size=(3, 4)) * 10 + (1j if "complex" in n else 0)).astype(
         mt.bfloat16 if n == "bfloat16" else n, copy=False) for n in names if n[0] != "u"}
     arrays.update({n: rng.integers(0, 200, (3, 4)).astype(n) for n in names if n[0] == "u"})
-    arrays.update({"scalar": np.array(2 + 1j), "transposed": arrays["float64"].T, "big": np.arange(3, dtype=">f4")})
+    arrays.update({"scalar": np.array(2 + 1j), "transposed": arrays["float64"].T,
+                   "big": np.arange(3, dtype=">f4")})
     tensors = {n: mt.tensor(a) for n, a in arrays.items()}
     for obj in (arrays, tensors):
         mt.save(obj, path)
@@ -123,7 +124,8 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(mt.StateError, match="no checkpoint, or a damaged one"):
             mt.load(path)
-    for entry in ("[", "{}", '{"format": 1, "tree": {"array": "v"}}', '{"format": 1, "tree": {"what": 1}}', "3"):
+    for entry in ("[", "{}", '{"format": 1, "tree": {"array": "v"}}', '{"format": 1, "tree": {"what": 1}}',
+                  "3"):
         save_file({"w": np.ones(2)}, path, metadata={"meshtape": entry})
         with pytest.raises(mt.StateError, match="damaged structure"):
             mt.load(path)
@@ -138,13 +140,15 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_what_a_checkpoint_cannot_hold_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c"
-    wrong: list[tuple[Any, str]] = [({"f": {"g": print}}, "f.g is a builtin"), ({"s": np.array(["x"])}, "dtype <U1"),
-                                    ([1, 2], "a checkpoint is a dict"), ({(1, 2): 3}, "key"), (mt.ones(2), "dict")]
+    wrong: list[tuple[Any, str]] = [({"f": {"g": print}}, "f.g is a builtin"),
+                                    ({"s": np.array(["x"])}, "dtype <U1"),
+                                    ([1, 2], "a checkpoint is a dict"), ({(1, 2): 3}, "key"),
+                                    (mt.ones(2), "dict")]
     for obj, text in wrong:
         with pytest.raises(mt.StateError, match=text):
             mt.save(obj, path)
     with pytest.raises(mt.StateError, match="metadata"):
-        mt.save({}, path, {"epoch": 3})                       # type: ignore[dict-item]
+        mt.save({}, path, {"epoch": 3})
     assert not path.exists()
     mt.save({}, path)
     assert mt.load(path) == {}
@@ -154,6 +158,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     mt.save(nn.Linear(6, 5), tmp_path / "c")
     net = model()
     before = net[0].weight.numpy()
-    with pytest.raises(mt.StateError, match=r"missing: 0\.weight.*unexpected: weight, bias.*nothing was loaded"):
+    with pytest.raises(mt.StateError, match=r"missing: 0\.weight.*unexpected: weight, bias.*nothing was "
+                                            r"loaded"):
         net.load_state_dict(mt.load(tmp_path / "c"))
     np.testing.assert_array_equal(net[0].weight.numpy(), before)

@@ -1,4 +1,4 @@
-"""The DataLoader visits every row once an epoch, in an order of seed and epoch, and leaves no thread behind."""
+"""The DataLoader visits every row once an epoch, in the order of seed and epoch, and leaves no thread."""
 
 from __future__ import annotations
 

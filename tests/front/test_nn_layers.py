@@ -1,4 +1,4 @@
-"""Layers, activations and losses compute what PyTorch's do, forward and backward, on one worker and on several."""
+"""Layers and losses compute what PyTorch's do, forward and backward, on one worker and on several."""
 
 from __future__ import annotations
 
@@ -33,14 +33,16 @@ def test_linear_without_outputs_or_inputs() -> None:
     assert nn.Linear(0, 3, bias=False)(mt.zeros((2, 0))).numpy().tolist() == [[0.0] * 3] * 2
 
 
-@pytest.mark.parametrize("normalized, options", [(6, {}), ((5, 6), {"eps": 0.1}), (6, {"elementwise_affine": False}),
+@pytest.mark.parametrize("normalized, options",
+                         [(6, {}), ((5, 6), {"eps": 0.1}), (6, {"elementwise_affine": False}),
                                                  (6, {"bias": False})])
 def test_layer_norm(normalized: Any, options: dict[str, Any]) -> None:
     check_modules(nn.LayerNorm(normalized, **options), torch.nn.LayerNorm(normalized, **options),
                   RNG.normal(size=(4, 5, 6)))
 
 
-@pytest.mark.parametrize("normalized, options", [(6, {}), ((5, 6), {"eps": 0.1}), (6, {"elementwise_affine": False})])
+@pytest.mark.parametrize("normalized, options",
+                         [(6, {}), ((5, 6), {"eps": 0.1}), (6, {"elementwise_affine": False})])
 def test_rms_norm(normalized: Any, options: dict[str, Any]) -> None:
     check_modules(nn.RMSNorm(normalized, **options), torch.nn.RMSNorm(normalized, **options),
                   RNG.normal(size=(4, 5, 6)))
@@ -64,9 +66,10 @@ ACTIVATIONS: list[tuple[Any, Any]] = [
     (nn.ReLU(), torch.nn.ReLU()), (nn.GELU(), torch.nn.GELU()), (nn.GELU("tanh"), torch.nn.GELU("tanh")),
     (nn.SiLU(), torch.nn.SiLU()), (nn.Tanh(), torch.nn.Tanh()), (nn.Sigmoid(), torch.nn.Sigmoid()),
     (nn.LeakyReLU(0.2), torch.nn.LeakyReLU(0.2)), (nn.Softplus(2.0, 5.0), torch.nn.Softplus(2.0, 5.0)),
-    (nn.ELU(0.7), torch.nn.ELU(0.7)), (nn.Softmax(0), torch.nn.Softmax(0)), (nn.Softmax(dim=-1), torch.nn.Softmax(-1)),
-    (nn.LogSoftmax(axis=1), torch.nn.LogSoftmax(1)), (nn.Identity(), torch.nn.Identity()),
-    (nn.Flatten(0), torch.nn.Flatten(0)), (nn.Dropout(0.0), torch.nn.Dropout(0.0))]
+    (nn.ELU(0.7), torch.nn.ELU(0.7)), (nn.Softmax(0), torch.nn.Softmax(0)),
+    (nn.Softmax(dim=-1), torch.nn.Softmax(-1)), (nn.LogSoftmax(axis=1), torch.nn.LogSoftmax(1)),
+    (nn.Identity(), torch.nn.Identity()), (nn.Flatten(0), torch.nn.Flatten(0)),
+    (nn.Dropout(0.0), torch.nn.Dropout(0.0))]
 
 
 @pytest.mark.parametrize("pair", ACTIVATIONS, ids=lambda pair: repr(pair[0]))
@@ -80,9 +83,11 @@ def test_normalize(p: float, dim: int) -> None:
 
 
 def test_a_whole_model() -> None:
-    ours = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 3), nn.LogSoftmax(-1))
+    ours = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.GELU(), nn.LayerNorm(8), nn.Linear(8, 3),
+                         nn.LogSoftmax(-1))
     t = torch.nn
-    theirs = t.Sequential(t.Flatten(), t.Linear(12, 8), t.GELU(), t.LayerNorm(8), t.Linear(8, 3), t.LogSoftmax(-1))
+    theirs = t.Sequential(t.Flatten(), t.Linear(12, 8), t.GELU(), t.LayerNorm(8), t.Linear(8, 3),
+                          t.LogSoftmax(-1))
     check_modules(ours, theirs, RNG.normal(size=(7, 3, 4)))
 
 
@@ -121,11 +126,13 @@ def labels(shape: tuple[int, ...], ignored: bool) -> Any:
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("shape", [(7, 4), (4,), (3, 4, 2), (2, 4, 3, 2)])
-def test_cross_entropy_of_indices(reduction: str, weighted: bool, smoothing: float, shape: tuple[int, ...]) -> None:
+def test_cross_entropy_of_indices(reduction: str, weighted: bool, smoothing: float,
+                                  shape: tuple[int, ...]) -> None:
     options = {"reduction": reduction, "label_smoothing": smoothing}
     y = labels(shape[:1] + shape[2:] if len(shape) > 1 else (), len(shape) > 1)
     check(lambda x, y: F.cross_entropy(x, y, mt.tensor(WEIGHT) if weighted else None, **options),
-          lambda x, y: TF.cross_entropy(x, y, torch.tensor(WEIGHT) if weighted else None, **options), [logits(shape), y])
+          lambda x, y: TF.cross_entropy(x, y, torch.tensor(WEIGHT) if weighted else None, **options),
+          [logits(shape), y])
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -137,7 +144,8 @@ def test_cross_entropy_of_probabilities(reduction: str, weighted: bool, smoothin
     options = {"reduction": reduction, "label_smoothing": smoothing}
     y = RNG.uniform(0, 1, shape)
     check(lambda x, y: F.cross_entropy(x, y, mt.tensor(WEIGHT) if weighted else None, **options),
-          lambda x, y: TF.cross_entropy(x, y, torch.tensor(WEIGHT) if weighted else None, **options), [logits(shape), y])
+          lambda x, y: TF.cross_entropy(x, y, torch.tensor(WEIGHT) if weighted else None, **options),
+          [logits(shape), y])
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -154,7 +162,8 @@ def test_ignore_index_may_be_any_number() -> None:
     y = np.array([0, 2, 3, 2, 1])
     for reduction in REDUCTIONS:
         check(lambda x, y, r=reduction: F.cross_entropy(x, y, ignore_index=2, reduction=r),
-              lambda x, y, r=reduction: TF.cross_entropy(x, y, ignore_index=2, reduction=r), [logits((5, 4)), y])
+              lambda x, y, r=reduction: TF.cross_entropy(x, y, ignore_index=2, reduction=r),
+              [logits((5, 4)), y])
 
 
 LOSSES: list[tuple[str, Callable[..., Any], Callable[..., Any], dict[str, Any]]] = [
@@ -184,7 +193,8 @@ def test_losses_as_modules_hold_their_weights() -> None:
     theirs = torch.nn.CrossEntropyLoss(torch.tensor(WEIGHT), ignore_index=1, label_smoothing=0.1)
     assert list(ours.state_dict()) == ["weight"]
     check(ours, theirs, [logits((6, 4)), labels((6,), False)])
-    check(nn.NLLLoss(mt.tensor(WEIGHT)), torch.nn.NLLLoss(torch.tensor(WEIGHT)), [logits((6, 4)), labels((6,), True)])
+    check(nn.NLLLoss(mt.tensor(WEIGHT)), torch.nn.NLLLoss(torch.tensor(WEIGHT)),
+          [logits((6, 4)), labels((6,), True)])
 
 
 # --- attention and one-hot --------------------------------------------------------------------------------

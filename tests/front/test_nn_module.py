@@ -53,12 +53,12 @@ def test_names_and_order_are_torch_s() -> None:
 
 def test_repr_is_torch_s() -> None:
     t = torch.nn
-    ours = nn.Sequential(nn.Embedding(5, 3, padding_idx=1), nn.Sequential(nn.Linear(3, 4), nn.GELU()), nn.LayerNorm(4),
-                         nn.RMSNorm(4), nn.Flatten(), nn.Dropout(0.1), nn.LeakyReLU(), nn.Softmax(dim=1), nn.ELU(),
-                         nn.Identity(), nn.ModuleList(), nn.CrossEntropyLoss())
-    theirs = t.Sequential(t.Embedding(5, 3, padding_idx=1), t.Sequential(t.Linear(3, 4), t.GELU()), t.LayerNorm(4),
-                          t.RMSNorm(4), t.Flatten(), t.Dropout(0.1), t.LeakyReLU(), t.Softmax(dim=1), t.ELU(),
-                          t.Identity(), t.ModuleList(), t.CrossEntropyLoss())
+    ours = nn.Sequential(nn.Embedding(5, 3, padding_idx=1), nn.Sequential(nn.Linear(3, 4), nn.GELU()),
+                         nn.LayerNorm(4), nn.RMSNorm(4), nn.Flatten(), nn.Dropout(0.1), nn.LeakyReLU(),
+                         nn.Softmax(dim=1), nn.ELU(), nn.Identity(), nn.ModuleList(), nn.CrossEntropyLoss())
+    theirs = t.Sequential(t.Embedding(5, 3, padding_idx=1), t.Sequential(t.Linear(3, 4), t.GELU()),
+                          t.LayerNorm(4), t.RMSNorm(4), t.Flatten(), t.Dropout(0.1), t.LeakyReLU(),
+                          t.Softmax(dim=1), t.ELU(), t.Identity(), t.ModuleList(), t.CrossEntropyLoss())
     plain = repr(theirs).replace(", inplace=False", "").replace(", bias=True)\n  (3)", ")\n  (3)")
     assert repr(ours) == plain
     assert repr(nn.Parameter(mt.ones(2))).startswith("Parameter containing:\ntensor([1., 1.]")
@@ -130,7 +130,7 @@ def test_conversion_keeps_parameters_and_their_gradients() -> None:
     assert net.double() is net
     assert [id(p) for p in net.parameters()] == ids
     assert all(p.dtype == np.float64 and p.is_leaf for p in net.parameters())
-    assert net.first.weight.grad.dtype == np.float64 and net.count.dtype == np.int64 and net.scratch.dtype == np.float64
+    assert net.first.weight.grad.dtype == net.scratch.dtype == np.float64 and net.count.dtype == np.int64
     assert net.float().to("float16").scale.dtype == np.float16
     with pytest.raises(mt.DTypeError, match="int32"):
         net.to("int32")
@@ -180,7 +180,7 @@ def test_containers() -> None:
     assert list(table) == list(table.keys()) == ["y"] and "y" in table and len(table) == 1
     assert [n for n, _ in table.items()] == ["y"] and isinstance(next(iter(table.values())), nn.ReLU)
     with pytest.raises(TypeError, match="Sequential holds modules"):
-        nn.Sequential(3)                                      # type: ignore[arg-type]
+        nn.Sequential(3)
 
 
 def test_a_copied_model_is_another_model() -> None:
@@ -221,7 +221,7 @@ def test_parallelize_lays_out_by_pattern_and_changes_no_result() -> None:
 
 def test_parallelize_refuses_what_matches_nothing_or_does_not_fit() -> None:
     net = nn.Linear(4, 6)
-    with pytest.raises(mt.LayoutError, match=r"'1\.weight' matches no parameter; this model has weight, bias"):
+    with pytest.raises(mt.LayoutError, match=r"'1\.weight' matches no .* this model has weight, bias"):
         nn.parallelize(net, {"weight": mt.Shard(0), "1.weight": mt.Shard(0)})
     with pytest.raises(mt.LayoutError, match=r"bias of shape \(6,\)"):
         nn.parallelize(net, {"*": mt.Shard(1)})

@@ -61,7 +61,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 @pytest.mark.parametrize("name, options", CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v))
 def test_twenty_steps_are_torch_s(name: str, options: dict[str, Any], workers: int) -> None:
     ps, ts = ours_and_theirs()
-    ours, theirs = getattr(optim, name)(groups(ps), **options), getattr(torch.optim, name)(groups(ts), **options)
+    ours = getattr(optim, name)(groups(ps), **options)
+    theirs = getattr(torch.optim, name)(groups(ts), **options)
     for step in range(20):
         descend(ps, ours, mt.tensor)
         descend(ts, theirs, torch.tensor)
@@ -169,8 +170,8 @@ def test_torch_s_own_state_is_understood() -> None:
             p.copy_(t.detach().numpy())
     state = theirs.state_dict()
     kept = {"lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "params"}
-    ours.load_state_dict({"state": state["state"],
-                          "param_groups": [{k: v for k, v in g.items() if k in kept} for g in state["param_groups"]]})
+    groups = [{k: v for k, v in g.items() if k in kept} for g in state["param_groups"]]
+    ours.load_state_dict({"state": state["state"], "param_groups": groups})
     descend(ps, ours, mt.tensor)
     descend(ts, theirs, torch.tensor)
     ours.step()
@@ -183,7 +184,8 @@ def test_wrong_states_are_refused_and_nothing_is_loaded() -> None:
     p = nn.Parameter(mt.ones((2, 3)))
     optimizer = optim.Adam([p], lr=0.25)
     good = optimizer.state_dict()
-    bad_shape = {**good, "state": {0: {"step": 1, "exp_avg": np.zeros((3, 2)), "exp_avg_sq": np.zeros((2, 3))}}}
+    bad_shape = {**good, "state": {0: {"step": 1, "exp_avg": np.zeros((3, 2)),
+                                       "exp_avg_sq": np.zeros((2, 3))}}}
     two = {"state": {}, "param_groups": [{"lr": 1.0, "params": [0, 1]}]}
     too_many = {**good, "state": {3: {"step": 1}}}
     for wrong, text in ((bad_shape, r"exp_avg .* \(3, 2\)"), (two, r"\[1\] parameters, the state's \[2\]"),
@@ -232,7 +234,8 @@ SCHEDULES: list[tuple[str, dict[str, Any]]] = [
     ("LambdaLR", {"lr_lambda": [slower, lambda t: 1 / (1 + t)]}),
     ("LinearLR", {"start_factor": 0.2, "end_factor": 0.8, "total_iters": 7}),
     ("OneCycleLR", {"max_lr": [0.3, 0.5], "total_steps": 30}),
-    ("OneCycleLR", {"max_lr": 0.3, "epochs": 3, "steps_per_epoch": 9, "pct_start": 0.5, "anneal_strategy": "linear"})]
+    ("OneCycleLR", {"max_lr": 0.3, "epochs": 3, "steps_per_epoch": 9, "pct_start": 0.5,
+                    "anneal_strategy": "linear"})]
 
 
 def two_optimizers() -> tuple[Any, Any]:
@@ -252,7 +255,8 @@ def test_schedules_are_torch_s(name: str, options: dict[str, Any]) -> None:
         theirs_options = {**options, "cycle_momentum": False}
     else:
         theirs_options = options
-    a, b = getattr(sched, name)(ours, **options), getattr(torch.optim.lr_scheduler, name)(theirs, **theirs_options)
+    a = getattr(sched, name)(ours, **options)
+    b = getattr(torch.optim.lr_scheduler, name)(theirs, **theirs_options)
     for _ in range(26):
         np.testing.assert_allclose(rates(ours), rates(theirs), rtol=1e-12)
         assert a.get_last_lr() == rates(ours)
@@ -264,7 +268,8 @@ def test_schedules_are_torch_s(name: str, options: dict[str, Any]) -> None:
 def test_warm_up_then_cosine() -> None:
     ours, theirs = two_optimizers()
     t = torch.optim.lr_scheduler
-    a = sched.SequentialLR(ours, [sched.LinearLR(ours, 0.1, total_iters=5), sched.CosineAnnealingLR(ours, 20)], [5])
+    a = sched.SequentialLR(ours, [sched.LinearLR(ours, 0.1, total_iters=5),
+                                  sched.CosineAnnealingLR(ours, 20)], [5])
     b = t.SequentialLR(theirs, [t.LinearLR(theirs, 0.1, total_iters=5), t.CosineAnnealingLR(theirs, 20)], [5])
     for _ in range(25):
         np.testing.assert_allclose(rates(ours), rates(theirs), rtol=1e-12)

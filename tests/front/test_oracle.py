@@ -1,7 +1,7 @@
 """Recorded samples of PyTorch's own operator tests, replayed: values, dtypes and gradients.
 
-The samples are a pickle file outside the repository: {"cases": [...]}, each case with op, dtype, args, kwargs, outs,
-diff (paths of the differentiated inputs), cots (cotangents of the outputs), grads, smooth.
+The samples are a pickle file outside the repository: {"cases": [...]}, each case with op, dtype, args,
+kwargs, outs, diff (paths of the differentiated inputs), cots (cotangents of the outputs), grads, smooth.
 
     MESHTAPE_ORACLE=torch_ops.pkl pytest tests/front/test_oracle.py
 """
@@ -31,7 +31,7 @@ Path = tuple[Any, ...]
 @lru_cache(maxsize=1)
 def cases() -> list[dict[str, Any]]:
     with open(FILE, "rb") as file:
-        return pickle.load(file)["cases"]  # type: ignore[no-any-return]
+        return pickle.load(file)["cases"]
 
 
 def replaced(value: Any, function: Callable[[Path, Any], Any], path: Path = ()) -> Any:
@@ -76,7 +76,8 @@ def replay(case: dict[str, Any]) -> None:
     if inputs:
         grads = oracle_adapter.vjp(outs, case["cots"], [inputs[p] for p in wanted_grads])
         for path, grad, wanted in zip(wanted_grads, grads, case["grads"], strict=True):
-            assert_close(np.zeros_like(wanted) if grad is None else grad, wanted, case["dtype"], f"{what} by {path}")
+            assert_close(np.zeros_like(wanted) if grad is None else grad, wanted, case["dtype"],
+                         f"{what} by {path}")
 
 
 @pytest.mark.parametrize("workers", [1, 3])

@@ -1,4 +1,4 @@
-"""Random numbers depend on seed and draw, not on the mesh, and have the distributions they are named after."""
+"""Random numbers depend on seed and draw, not on the mesh, and are distributed as they are named."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from meshtape.nn import init
 from meshtape.nn.init import inverse_erf
 
 DRAWS: list[Callable[[], Any]] = [
-    lambda: mt.random.uniform(-1, 2, (7, 3), layout=mt.Shard(0)), lambda: mt.random.normal(1, 3, (5, 4), layout=mt.Shard(1)),
-    lambda: mt.random.rand(3, 5), lambda: mt.random.randn((4,), dtype="float64"),
+    lambda: mt.random.uniform(-1, 2, (7, 3), layout=mt.Shard(0)),
+    lambda: mt.random.normal(1, 3, (5, 4), layout=mt.Shard(1)), lambda: mt.random.rand(3, 5),
+    lambda: mt.random.randn((4,), dtype="float64"),
     lambda: mt.random.integers(-4, 9, (7, 2), layout=mt.Shard(0)), lambda: mt.random.randint(5, shape=(3,)),
-    lambda: mt.random.bernoulli(0.3, (11,), layout=mt.Shard(0)), lambda: mt.random.permutation(13, layout=mt.Shard(0)),
-    lambda: mt.random.choice(6, (4,)), lambda: mt.random.choice(mt.arange(9) * 2, (3, 2), replace=False),
-    lambda: nn.Linear(5, 7).weight, lambda: nn.functional.dropout(mt.ones((6, 5), layout=mt.Shard(1)), 0.4)]
+    lambda: mt.random.bernoulli(0.3, (11,), layout=mt.Shard(0)),
+    lambda: mt.random.permutation(13, layout=mt.Shard(0)), lambda: mt.random.choice(6, (4,)),
+    lambda: mt.random.choice(mt.arange(9) * 2, (3, 2), replace=False), lambda: nn.Linear(5, 7).weight,
+    lambda: nn.functional.dropout(mt.ones((6, 5), layout=mt.Shard(1)), 0.4)]
 
 
 def test_the_same_numbers_on_every_mesh() -> None:
@@ -95,10 +97,11 @@ def moments(t: Any) -> tuple[float, float, float, float]:
 
 
 INITS: list[tuple[str, dict[str, Any]]] = [
-    ("uniform_", {"a": -2.0, "b": 5.0}), ("normal_", {"mean": 3.0, "std": 0.5}), ("xavier_uniform_", {"gain": 2.0}),
-    ("xavier_normal_", {}), ("kaiming_uniform_", {"a": math.sqrt(5)}), ("kaiming_normal_", {"nonlinearity": "relu"}),
-    ("kaiming_normal_", {"mode": "fan_out"}), ("trunc_normal_", {"std": 2.0, "a": -1.0, "b": 3.0}), ("constant_", {"val": 3}),
-    ("zeros_", {}), ("ones_", {}), ("eye_", {})]
+    ("uniform_", {"a": -2.0, "b": 5.0}), ("normal_", {"mean": 3.0, "std": 0.5}),
+    ("xavier_uniform_", {"gain": 2.0}), ("xavier_normal_", {}), ("kaiming_uniform_", {"a": math.sqrt(5)}),
+    ("kaiming_normal_", {"nonlinearity": "relu"}), ("kaiming_normal_", {"mode": "fan_out"}),
+    ("trunc_normal_", {"std": 2.0, "a": -1.0, "b": 3.0}), ("constant_", {"val": 3}), ("zeros_", {}),
+    ("ones_", {}), ("eye_", {})]
 
 
 @pytest.mark.parametrize("name, options", INITS, ids=[n for n, _ in INITS])
@@ -118,7 +121,8 @@ def test_initialisation_has_torch_s_distribution(name: str, options: dict[str, A
 
 def test_default_initialisation_is_distributed_as_torch_s() -> None:
     torch.manual_seed(0)
-    for ours, theirs in ((nn.Linear(300, 200), torch.nn.Linear(300, 200)), (nn.Embedding(200, 100), torch.nn.Embedding(200, 100)),
+    for ours, theirs in ((nn.Linear(300, 200), torch.nn.Linear(300, 200)),
+                         (nn.Embedding(200, 100), torch.nn.Embedding(200, 100)),
                          (nn.LayerNorm(5), torch.nn.LayerNorm(5)), (nn.RMSNorm(5), torch.nn.RMSNorm(5))):
         wanted = dict(theirs.named_parameters())
         for name, p in ours.named_parameters():
@@ -131,15 +135,17 @@ def test_default_initialisation_is_distributed_as_torch_s() -> None:
                 assert -bound <= moments(p)[2] < -0.95 * bound and 0.95 * bound < moments(p)[3] <= bound
 
 
-@pytest.mark.parametrize("name, param", [("linear", None), ("conv2d", None), ("sigmoid", None), ("tanh", None),
-                                         ("relu", None), ("leaky_relu", None), ("leaky_relu", 0.3), ("selu", None)])
+@pytest.mark.parametrize("name, param", [
+    ("linear", None), ("conv2d", None), ("sigmoid", None), ("tanh", None), ("relu", None),
+    ("leaky_relu", None), ("leaky_relu", 0.3), ("selu", None)])
 def test_gains(name: str, param: float | None) -> None:
     assert init.calculate_gain(name, param) == torch.nn.init.calculate_gain(name, param)
 
 
 def test_inverse_erf() -> None:
     y = np.concatenate([np.linspace(-0.999999, 0.999999, 999), [0.0, 1e-9, -1e-300, 1 - 1e-8]])
-    np.testing.assert_allclose(inverse_erf(mt.tensor(y)).numpy(), torch.erfinv(torch.tensor(y)).numpy(), rtol=1e-7, atol=1e-15)
+    np.testing.assert_allclose(inverse_erf(mt.tensor(y)).numpy(), torch.erfinv(torch.tensor(y)).numpy(),
+                               rtol=1e-7, atol=1e-15)
     assert np.isfinite(inverse_erf(mt.tensor(np.array([-1.0, 1.0]))).numpy()).all()
 
 
