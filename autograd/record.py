@@ -15,7 +15,8 @@ from meshtape.runtime.shards import Placements
 from meshtape.scheduler import current
 from meshtape.scheduler.layout import Spec
 from meshtape.scheduler.planner import Plan
-from meshtape.scheduler.session import Draw, Session, user_site
+from meshtape.scheduler.session import Draw, Session
+from meshtape.scheduler.sites import user_site
 
 
 def apply(op: Op, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (),

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from meshtape.autograd.tensor import Tensor
 from meshtape.scheduler.layout import Spec
 from meshtape.scheduler.planner import Plan
-from meshtape.scheduler.session import Block, Draw, Recording, Session, Site
+from meshtape.scheduler.session import Block, Draw, Recording, Session
+from meshtape.scheduler.sites import Site
 
 KNOWN = 256         # walks remembered per session
 

@@ -19,7 +19,8 @@ from meshtape.runtime.errors import GradError, ShapeError
 from meshtape.runtime.op import lookup
 from meshtape.scheduler import current
 from meshtape.scheduler.planner import Plan
-from meshtape.scheduler.session import Session, Site, site_text, user_site
+from meshtape.scheduler.session import Session
+from meshtape.scheduler.sites import Site, site_text, user_site
 
 Edge = tuple["AnyNode", int]
 NOTHING: list[Any] = []

@@ -87,5 +87,5 @@ def piece(shape: Shape, placements: Placements, mesh_shape: Sequence[int], coord
 
 
 def is_owner(placements: Placements, coord: Sequence[int]) -> bool:
-    """True on the one worker of each distinct slice that answers for it when the tensor is fetched."""
-    return all(type(p) is not str and (p >= 0 or c == 0) for p, c in zip(placements, coord, strict=True))
+    """True on the one worker of each distinct slice (or addend of it) that answers for it in a fetch."""
+    return all(p != REPLICATE or c == 0 for p, c in zip(placements, coord, strict=True))

@@ -6,33 +6,29 @@ too many batches are in flight.
 
 from __future__ import annotations
 
-import hashlib
-import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
-from types import CodeType
 from typing import Any, NamedTuple
 
-import msgpack
 import numpy as np
 
 from meshtape.cluster.mesh import Mesh
-from meshtape.runtime.errors import SessionClosed, WorkerError
-from meshtape.runtime.protocol import Failure, Fetch, Instr, Program, Reply, Run
-from meshtape.runtime.shards import REPLICATE, Placements, coordinate, is_owner, is_partial, piece
-from meshtape.scheduler.buckets import bucket, merge_duplicates, unflatten
+from meshtape.runtime.errors import SessionClosed
+from meshtape.runtime.protocol import Fetch, Instr, Run
+from meshtape.runtime.shards import REPLICATE, Placements, is_partial, piece
+from meshtape.scheduler.body import Body, assemble
 from meshtape.scheduler.cost import CPU, LINKS
+from meshtape.scheduler.inflight import Inflight, Sent
 from meshtape.scheduler.layout import Axes, Spec
 from meshtape.scheduler.planner import Plan, Planner
+from meshtape.scheduler.sites import Site, user_site
 
 PENDING_LIMIT = 1024        # instructions after which a batch is sent unasked
 IN_FLIGHT = 8               # batches sent and not yet answered
 BODIES = 512                # programs that workers keep
+SMALL = 1 << 16             # bytes up to which a Partial tensor is fetched as addends and combined here
 
 HIDDEN = [-1] * 64
-
-Site = tuple[CodeType, int]
-
 
 class Block(int):
     """A tensor's data on the workers, by global id. When the last reference goes, the id is freed.
@@ -45,15 +41,6 @@ class Block(int):
 
 def block_type(free: Callable[[int], None]) -> type[Block]:
     return type("Block", (Block,), {"__slots__": (), "__del__": lambda self: free(+self)})
-
-
-class Body(NamedTuple):
-    """A batch's body as sent: program and digest, and for each step the recorded instruction it came from."""
-
-    digest: bytes
-    program: Program
-    origin: tuple[int, ...]
-    external: tuple[int, ...]
 
 
 class Draw(int):
@@ -80,15 +67,6 @@ class Recording(NamedTuple):
     results: tuple[int | None, ...]
 
 
-class Sent(NamedTuple):
-    """A batch under way: what is needed to read its replies."""
-
-    body: Body | None
-    ids: list[int]
-    sites: list[Site]
-    replies: list[Reply]
-
-
 class Stats:
     """Counts since the session began."""
 
@@ -110,7 +88,6 @@ class Session:
         self.specs = self.planner.specs
         self.plans = self.planner.plans
         self.weak = {**self.specs.weak, Draw: self.specs.weak[int]}
-        self.coords = [coordinate(r, mesh.shape) for r in range(mesh.size)]
         self.closed = False
         self.grad_enabled = True
         self.site: Site | None = None       # set while the tape or an optimizer records on the user's behalf
@@ -124,11 +101,8 @@ class Session:
         self._bodies: OrderedDict[Any, Body] = OrderedDict()
         self._drop: list[bytes] = []
         self._batch = 0
-        self._answered = 0
-        self._sent: dict[int, Sent] = {}
-        self._poisoned: dict[int, WorkerError] = {}
-        self._errors: list[WorkerError] = []
-        self.last: Body | None = None
+        self.inflight = Inflight(mesh)
+        self.last: Sent | None = None       # the last batch with a body, for explain()
         self._begin()
 
     def _begin(self) -> None:
@@ -291,30 +265,42 @@ class Session:
             slot = self.slots.get(name)
             if slot is None:
                 frees.append(name)
-                self._poisoned.pop(name, None)
             else:
                 dead.append(slot)
         if not self.body and not frees and not fetch:
             return self._batch
         body, fresh = self._body(tuple(sorted(dead))) if self.body else (None, False)
-        if body is not None:
-            self.last = body
+        wanted = list(fetch)
+        if body is not None and body.asked:
+            wanted += [Fetch(self.names[s], body.types[s]) for s in sorted(body.asked) if s not in dead]
         self._batch += 1
-        ids = self.names
+        sent = Sent(body, self.names, self.sites, wanted, [])
+        self.inflight.add(self._batch, sent)
+        self._forget(frees)
         feeds = self._cut_feeds()
-        self._sent[self._batch] = Sent(body, ids, self.sites, [])
-        self.stats.recorded += len(self.sites)
-        self.stats.batches += 1
-        self.stats.digest_hits += body is not None and not fresh
-        self.stats.messages += self.mesh.size
-        runs = [Run(self._batch, body.digest if body else b"", ids, self.scalars, feeds[rank], list(fetch), frees,
+        runs = [Run(self._batch, body.digest if body else b"", self.names, self.scalars, feeds[rank], wanted, frees,
                     self._drop, body.program if body and fresh else None) for rank in range(self.mesh.size)]
+        self._count(body is not None and not fresh)
+        if body is not None:
+            self.last = sent
         self._drop = []
         self._begin()
         self.mesh.send(runs)
-        while self._batch - self._answered > IN_FLIGHT:
-            self._collect()
+        while self._batch - self.inflight.answered > IN_FLIGHT:
+            self.inflight.collect()
         return self._batch
+
+    def _count(self, hit: bool) -> None:
+        self.stats.recorded += len(self.sites)
+        self.stats.batches += 1
+        self.stats.digest_hits += hit
+        self.stats.messages += self.mesh.size
+
+    def _forget(self, frees: list[int]) -> None:
+        """Ids that the user let go. A value that came unasked and was not looked at is not sent for again."""
+        unread = self.inflight.forget(frees)
+        if unread and self.last is not None and self.last.body is not None:
+            self.last.body.asked.difference_update(s for s, name in enumerate(self.last.ids) if name in unread)
 
     def _body(self, dead: tuple[int, ...]) -> tuple[Body, bool]:
         """The body of the pending batch, and whether workers see it for the first time."""
@@ -323,7 +309,8 @@ class Session:
         if found is not None:
             self._bodies.move_to_end(key)
             return found, False
-        body = self._assemble(dead)
+        body = assemble(self.body, self.planner.instrs, len(self.names), dead, self.temporary, self.planner.number,
+                        self.mesh.size)
         self._bodies[key] = body
         if len(self._bodies) > BODIES:
             _, old = self._bodies.popitem(last=False)
@@ -331,29 +318,12 @@ class Session:
                 self._drop.append(old.digest)
         return body, True
 
-    def _assemble(self, dead: tuple[int, ...]) -> Body:
-        instrs = self.planner.instrs
-        steps = unflatten(self.body, instrs)
-        if self.mesh.size > 1:
-            steps = merge_duplicates(steps, instrs, frozenset(self.temporary))
-            steps = bucket(steps, instrs, self.planner.number)
-        numbers = {n: k for k, n in enumerate(dict.fromkeys(s.number for s in steps))}
-        program = Program(tuple(instrs[n] for n in numbers),
-                          tuple((numbers[s.number], s.ins, s.outs) for s in steps), len(self.names), dead)
-        digest = hashlib.blake2b(msgpack.packb(program), digest_size=16).digest()
-        made = set[int]()
-        external: dict[int, None] = {}
-        for s in steps:
-            external.update(dict.fromkeys(i for i in s.ins if i >= 0 and i not in made))
-            made.update(s.outs)
-        return Body(digest, program, tuple(s.origin for s in steps), tuple(external))
-
     def _cut_feeds(self) -> list[list[Any]]:
         """Each rank's pieces of the arrays fed in."""
-        out: list[list[Any]] = [[] for _ in self.coords]
+        out: list[list[Any]] = [[] for _ in self.inflight.coords]
         for array, placements in self.feeds:
             split = any(p != REPLICATE for p in placements)
-            for rank, coord in enumerate(self.coords):
+            for rank, coord in enumerate(self.inflight.coords):
                 mine = array[piece(array.shape, placements, self.axes.shape, coord).slices] if split else array
                 if any(is_partial(p) and c > 0 for p, c in zip(placements, coord, strict=True)):
                     mine = np.zeros_like(mine) if "sum" in placements else mine
@@ -363,103 +333,49 @@ class Session:
     # --- waiting ------------------------------------------------------------------------------------
 
     def fetch(self, wanted: Sequence[tuple[Block, Spec]]) -> list[np.ndarray[Any, Any]]:
-        """The values of tensors as NumPy arrays of their own. Waits; raises what went wrong on a worker."""
+        """The values of tensors as NumPy arrays of their own. Waits; raises what went wrong on a worker.
+
+        A tensor that an earlier run of the same batch was asked for has come with the batch's reply, and costs
+        no message.
+        """
         self.check()
+        inflight = self.inflight
         settled = [self._settled(b, s) for b, s in wanted]
-        batch = self.flush([Fetch(+b, s.wire) for b, s in settled])
-        sent = self._sent[batch]
-        while self._answered < batch:
-            self._collect()
-        self._raise_pending()
+        predicted = [inflight.expected(b) for b, _ in settled]
+        if any(p is None for p in predicted):
+            self._remember(settled)
+            batch = self.flush([Fetch(+b, s.wire) for b, s in settled])
+        else:
+            batch = max((p for p in predicted if p is not None), default=0)
+        inflight.wait_for(batch)
         for block, _ in settled:
-            if block in self._poisoned:
-                raise self._poisoned[block]
-        return [self._assembled(k, s, sent.replies) for k, (_, s) in enumerate(settled)]
+            if block in inflight.poisoned:
+                raise inflight.poisoned[block]
+        found = {+b: inflight.values.pop(b) for b, _ in dict(settled).items()}
+        return [found[+b] for b, _ in settled]
+
+    def _remember(self, settled: Sequence[tuple[Block, Spec]]) -> None:
+        """What was made by the batch before and is fetched now will come with that batch's reply next time."""
+        last = self.last
+        if last is None or last.body is None:
+            return
+        for block, _ in settled:
+            slot = last.ids.index(block) if block in last.ids else -1
+            if slot in last.body.types and block not in self.slots:
+                last.body.asked.add(slot)
 
     def _settled(self, block: Block, spec: Spec) -> tuple[Block, Spec]:
-        """With Partial placements reduced, so that slices only need laying side by side."""
-        if any(is_partial(p) for p in spec.placements):
+        """A large Partial tensor is reduced by the workers; a small one is combined here from its addends."""
+        ways = {p for p in spec.placements if is_partial(p)}
+        if ways and (spec.nbytes > SMALL or len(ways) > 1):
             whole = tuple(REPLICATE if is_partial(p) else p for p in spec.placements)
             return self.redistribute(block, spec, whole)
         return block, spec
 
-    def _assembled(self, k: int, spec: Spec, replies: Sequence[Reply]) -> np.ndarray[Any, Any]:
-        by_rank = {r.rank: r.values[k] for r in replies}
-        owners = [r for r, c in enumerate(self.coords) if is_owner(spec.placements, c)]
-        if len(owners) == 1:
-            return np.array(by_rank[owners[0]])
-        out = np.empty(spec.shape, spec.dtype)
-        for rank in owners:
-            out[piece(spec.shape, spec.placements, self.axes.shape, self.coords[rank]).slices] = by_rank[rank]
-        return out
-
     def wait(self) -> None:
         """Flush, then wait until every batch is answered; raises what went wrong on a worker."""
         self.flush()
-        while self._answered < self._batch:
-            self._collect()
-        self._raise_pending()
-
-    def _collect(self) -> None:
-        """Take in one reply."""
-        reply = self.mesh.collect(None)
-        if reply is None:
-            return
-        sent = self._sent[reply.batch]
-        sent.replies.append(reply)
-        if len(sent.replies) == self.mesh.size:
-            self._answered = reply.batch
-            del self._sent[reply.batch]
-            self._settle(sent)
-
-    def _settle(self, sent: Sent) -> None:
-        """All ranks answered a batch: note its failures and everything that they spoil."""
-        if sent.body is None:
-            return
-        failures = [f for r in sent.replies for f in r.failures]
-        if not failures and not self._poisoned:
-            return
-        bad: dict[int, WorkerError] = {}
-        for slot in sent.body.external:
-            if sent.ids[slot] in self._poisoned:
-                bad[slot] = self._poisoned[sent.ids[slot]]
-        first = {}
-        for f in sorted(failures, key=lambda f: (f.step, f.kind == "CommError", f.rank)):
-            first.setdefault(f.step, f)
-        made: dict[int, WorkerError] = {}
-        for at, (_, ins, outs) in enumerate(sent.body.program.steps):
-            error = next((bad[s] for s in ins if s in bad), None)
-            if at in first and error is None:
-                error = made[at] = self._explain(first[at], sent)
-            if error is not None:
-                bad.update(dict.fromkeys(outs, error))
-        if made:
-            self._errors.append(made[min(made)])
-        dead = set(sent.body.program.dead)
-        for slot, error in bad.items():
-            if slot in dead:
-                self._poisoned.pop(sent.ids[slot], None)
-            else:
-                self._poisoned[sent.ids[slot]] = error
-
-    def _explain(self, failure: Failure, sent: Sent) -> WorkerError:
-        assert sent.body is not None
-        instr = sent.body.program.instrs[sent.body.program.steps[failure.step][0]]
-        shapes = ", ".join("scalar" if t is None else f"{t.shape} {t.dtype} {self.axes_text(t.placements)}"
-                           for t in instr.ins)
-        where = site_text(sent.sites[sent.body.origin[failure.step]])
-        return WorkerError(f"{instr.op}({shapes}) failed on rank {failure.rank}: {failure.kind}: {failure.message} "
-                           f"({where})")
-
-    def axes_text(self, placements: Placements) -> str:
-        names = [p if is_partial(p) else "R" if p == REPLICATE else f"S{p}" for p in placements]
-        return "[" + ",".join(map(str, names)) + "]"
-
-    def _raise_pending(self) -> None:
-        if self._errors:
-            first = self._errors[0]
-            self._errors.clear()
-            raise first
+        self.inflight.wait_for(self._batch)
 
     # --- ending -------------------------------------------------------------------------------------
 
@@ -477,31 +393,3 @@ class Session:
 
 class Slot(int):
     """An input that is already known by its slot in the pending batch."""
-
-
-_inside: dict[CodeType, bool] = {}
-
-
-def user_site() -> Site:
-    """Code and instruction of the innermost caller outside meshtape; cheap enough to note for every op."""
-    frame = sys._getframe(2)
-    while True:
-        code = frame.f_code
-        inside = _inside.get(code)
-        if inside is None:
-            name = frame.f_globals.get("__name__", "")
-            inside = _inside[code] = name == "meshtape" or name.startswith("meshtape.")
-        outer = frame.f_back
-        if not inside or outer is None:
-            return code, frame.f_lasti
-        frame = outer
-
-
-def site_text(site: Site) -> str:
-    """file:line of a noted call."""
-    code, at = site
-    line = code.co_firstlineno
-    for start, end, number in code.co_lines():
-        if start <= at < end and number is not None:
-            line = number
-    return f"{code.co_filename}:{line}"

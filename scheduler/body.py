@@ -1,0 +1,46 @@
+"""A batch's body: from the flat list that recording fills to the program that workers keep. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import msgpack
+
+from meshtape.runtime.protocol import Instr, Program, TensorType
+from meshtape.scheduler.buckets import bucket, merge_duplicates, unflatten
+
+
+class Body(NamedTuple):
+    """A program and its digest; `origin[step]` is the recorded instruction it came from.
+
+    `external` are the slots that are bound before the first step, `types` the types of the slots that steps
+    make, and `asked` the slots whose values the user fetched after an earlier run: they come with the reply.
+    """
+
+    digest: bytes
+    program: Program
+    origin: tuple[int, ...]
+    external: tuple[int, ...]
+    types: dict[int, TensorType]
+    asked: set[int]
+
+
+def assemble(recorded: Sequence[int], instrs: Sequence[Instr], n_slots: int, dead: tuple[int, ...],
+             temporary: Sequence[int], number: Callable[[Instr], int], workers: int) -> Body:
+    """The body of a recorded batch, its reductions merged and bucketed where there is more than one worker."""
+    steps = unflatten(recorded, instrs)
+    if workers > 1:
+        steps = merge_duplicates(steps, instrs, frozenset(temporary))
+        steps = bucket(steps, instrs, number)
+    numbers = {n: k for k, n in enumerate(dict.fromkeys(s.number for s in steps))}
+    program = Program(tuple(instrs[n] for n in numbers),
+                      tuple((numbers[s.number], s.ins, s.outs) for s in steps), n_slots, dead)
+    digest = hashlib.blake2b(msgpack.packb(program), digest_size=16).digest()
+    types: dict[int, TensorType] = {}
+    external: dict[int, None] = {}
+    for s in steps:
+        external.update(dict.fromkeys(i for i in s.ins if i >= 0 and i not in types))
+        types.update(zip(s.outs, instrs[s.number].outs, strict=True))
+    return Body(digest, program, tuple(s.origin for s in steps), tuple(external), types, set())
