@@ -42,7 +42,7 @@ WEYL = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
 ROUNDS = 10
 MASK64 = 2**64 - 1
 
-CHUNK = 16384                   # elements made at a time, so that their passes stay in a core's cache
+CHUNK = 65536                   # elements made at a time, so that their passes stay in a core's cache
 JUMP = 2048                     # elements that cost about as much as starting a stream elsewhere
 
 Fill = Callable[[int, int], Any]

@@ -283,7 +283,7 @@ def _cross_entropy(xp: Any, logits: Any, target: Any, ignore_index: int, label_s
     rows = _class_rows(xp, widen(logits))
     index, valid = _counted(xp, "cross_entropy", target, rows.shape[1], ignore_index)
     p = xp.empty(rows.shape, rows.dtype)
-    losses = xp.empty(len(rows), rows.dtype)
+    losses = xp.zeros(len(rows), rows.dtype)
     if p.size:
         for block in row_blocks(xp, p.shape):
             losses[block] = _loss_rows(xp, p[block], rows[block], index[block], label_smoothing)

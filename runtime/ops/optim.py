@@ -23,6 +23,7 @@ from meshtape.runtime.ops.reduce import accumulator
 from meshtape.runtime.shards import Shape
 
 CACHED = 32768          # elements of a block that stays in a core's cache while several passes go over it
+SMALL = 4096            # elements below which calls cost more than their work: such tensors are joined
 
 
 def flat_blocks(xp: Any, size: int) -> Iterator[slice]:
@@ -69,21 +70,57 @@ def _columns(name: str, scalars: int, states: Callable[..., int]) -> dict[str, A
     return {"shape": shape, "dtype": dtype, "axes": axes, "n_out": -1}
 
 
+def _packs(params: Sequence[Any]) -> list[list[int]]:
+    """Which parameters are updated as one array: small ones of a dtype together, each large one alone."""
+    small: dict[Any, list[int]] = {}
+    large = []
+    for k, p in enumerate(params):
+        if p.size <= SMALL:
+            small.setdefault(p.dtype, []).append(k)
+        else:
+            large.append([k])
+    return [*small.values(), *large]
+
+
+def _joined(xp: Any, tensors: Sequence[Any]) -> Any:
+    """The elements of all tensors in one flat array, 16-bit floats as float32."""
+    flat = [t.reshape(-1) for t in tensors]
+    return widen(flat[0] if len(flat) == 1 else xp.concatenate(flat))
+
+
 def _update_all(xp: Any, tensors: Sequence[Any], n: int, groups: int,
                 update: Callable[[list[Any], list[Any]], None]) -> list[Any]:
     """Call `update(new, old)` on cache-sized flat blocks of every parameter and what belongs to it.
 
     `old` is [parameter, gradient, *states], `new` is [parameter, *states]; they may share memory.
     """
-    results: list[list[Any]] = [[] for _ in range(groups - 1)]
-    for k in range(n):
-        old = [widen(tensors[k + i * n]).reshape(-1) for i in range(groups)]
-        new = [xp.empty(old[0].shape, old[0].dtype) for _ in range(groups - 1)]
+    results: list[Any] = [None] * (groups - 1) * n
+    for pack in _packs(tensors[:n]):
+        old = [_joined(xp, [tensors[k + i * n] for k in pack]) for i in range(groups)]
+        new = [xp.empty_like(old[0]) for _ in range(groups - 1)]
         for block in flat_blocks(xp, old[0].size):
             update([a[block] for a in new], [a[block] for a in old])
-        for column, a in zip(results, new, strict=True):
-            column.append(a.reshape(tensors[k].shape).astype(tensors[k].dtype, copy=False))
-    return [a for column in results for a in column]
+        at = 0
+        for k in pack:
+            p = tensors[k]
+            for i, a in enumerate(new):
+                results[k + i * n] = a[at:at + p.size].reshape(p.shape).astype(p.dtype, copy=False)
+            at += p.size
+    return results
+
+
+class Scratch:
+    """Temporaries that are made once for blocks of one size and dtype."""
+
+    def __init__(self, xp: Any) -> None:
+        self.xp = xp
+        self.kept: dict[Any, Any] = {}
+
+    def __call__(self, number: int, like: Any) -> Any:
+        key = number, like.dtype, like.size
+        if key not in self.kept:
+            self.kept[key] = self.xp.empty_like(like)
+        return self.kept[key]
 
 
 # --- SGD --------------------------------------------------------------------------------------------
@@ -91,25 +128,25 @@ def _update_all(xp: Any, tensors: Sequence[Any], n: int, groups: int,
 def _sgd(xp: Any, lr: float, momentum: float, dampening: float, weight_decay: float, *tensors: Any, n: int,
          nesterov: bool, maximize: bool, has_momentum: bool) -> list[Any]:
     """On the first step torch's buffer is the gradient itself: a buffer of zeros and a dampening of 0."""
+    scratch = Scratch(xp)
+
     def update(new: list[Any], old: list[Any]) -> None:
         p, g = old[:2]
-        out = new[0]
+        t = scratch(0, p)
         if maximize:
-            g = -g
+            g = xp.negative(g, out=scratch(1, p))
         if weight_decay:
-            xp.multiply(p, weight_decay, out=out)
-            g = xp.add(g, out, out=g if maximize else None)
+            g = xp.add(g, xp.multiply(p, weight_decay, out=t), out=scratch(1, p))
         if has_momentum:
             buffer = xp.multiply(old[2], momentum, out=new[1])
-            buffer += g if not dampening else g * (1 - dampening)
-            g = g + buffer * momentum if nesterov else buffer
-        step = g * -lr
-        xp.add(p, step, out=out)
+            buffer += xp.multiply(g, 1 - dampening, out=t) if dampening else g
+            g = xp.add(g, xp.multiply(buffer, momentum, out=t), out=scratch(1, p)) if nesterov else buffer
+        xp.add(p, xp.multiply(g, -lr, out=t), out=new[0])
 
     return _update_all(xp, tensors, n, 3 if has_momentum else 2, update)
 
 
-sgd_update = register(Op(
+sgd_update: Op = register(Op(
     "sgd_update", kernel=_sgd,
     attrs={"n": REQUIRED, "nesterov": False, "maximize": False, "has_momentum": False},
     **_columns("sgd_update", 4, lambda has_momentum, **attrs: int(has_momentum)),
@@ -129,19 +166,18 @@ def _adam(xp: Any, lr: float, beta1: float, beta2: float, eps: float, weight_dec
     / c + eps) is computed as (lr * c / (1 - beta1**step)) * m / (sqrt(v) + eps * c): one pass less."""
     correction = sqrt(1 - beta2**step)
     rate, floor = lr * correction / (1 - beta1**step), eps * correction
-    scratch: dict[Any, Any] = {}
+    scratch = Scratch(xp)
 
     def update(new: list[Any], old: list[Any]) -> None:
         p, g, m, v = old[:4]
         out, new_m, new_v = new[:3]
-        t = _scratch(xp, scratch, p)
+        t = scratch(0, p)
         if maximize:
-            g = -g
+            g = xp.negative(g, out=scratch(1, p))
         if weight_decay and decoupled:
             p = xp.multiply(p, 1 - lr * weight_decay, out=out)
         elif weight_decay:
-            xp.multiply(p, weight_decay, out=t)
-            g = g + t
+            g = xp.add(g, xp.multiply(p, weight_decay, out=t), out=scratch(1, p))
         xp.subtract(g, m, out=t)
         t *= 1 - beta1
         xp.add(m, t, out=new_m)
@@ -158,14 +194,6 @@ def _adam(xp: Any, lr: float, beta1: float, beta2: float, eps: float, weight_dec
     return _update_all(xp, tensors, n, 5 if amsgrad else 4, update)
 
 
-def _scratch(xp: Any, kept: dict[Any, Any], like: Any) -> Any:
-    """A reused temporary of the shape and dtype of a flat block."""
-    key = like.dtype, like.size
-    if key not in kept:
-        kept[key] = xp.empty(like.shape, like.dtype)
-    return kept[key]
-
-
 def _adam_samples() -> list[Sample]:
     several: list[Shape] = [(5, 3), (4,), (), (0, 2)]
     found = []
@@ -180,7 +208,7 @@ def _adam_samples() -> list[Sample]:
     return found
 
 
-adam_update = register(Op(
+adam_update: Op = register(Op(
     "adam_update", kernel=_adam,
     attrs={"n": REQUIRED, "decoupled": False, "amsgrad": False, "maximize": False},
     **_columns("adam_update", 6, lambda amsgrad, **attrs: 3 if amsgrad else 2), samples=_adam_samples))
@@ -212,7 +240,7 @@ def _squares_axes(*shapes: Shape) -> Axes:
 
 # The squared 2-norm of all tensors together, for clipping gradients by their norm. The square of a sum is not
 # the sum of squares, so a Partial input is reduced first. Sharded tensors are best given one by one.
-sum_of_squares = register(Op(
+sum_of_squares: Op = register(Op(
     "sum_of_squares", kernel=_sum_of_squares, shape=lambda *shapes: [()], dtype=_squares_dtype,
     axes=_squares_axes,
     samples=lambda: [Sample(((5, 3), (4,), ()), diff=False), Sample(((5, 3),), diff=False),
