@@ -48,22 +48,27 @@ def all_reduce_axis(instr: Instr) -> int | None:
 
 def merge_duplicates(steps: Sequence[Recorded], instrs: Sequence[Instr], temporary: frozenset[int],
                      ) -> list[Recorded]:
-    """A Partial value that several ops need reduced is reduced once.
+    """A value of this batch that several ops need in one other layout is redistributed once.
 
-    Only where the duplicate's result is a temporary: a result that the user can reach keeps its own slot.
+    Only where the result is a temporary: one that the user can reach keeps its own slot. Values from before the
+    batch are left alone unless they are Partial: a parameter that was gathered for forward is better gathered
+    again for backward than kept whole in between.
     """
     known: dict[tuple[int, int], int] = {}
     same: dict[int, int] = {}
+    made: set[int] = set()
     out = []
     for step in steps:
         ins = tuple(same.get(s, s) for s in step.ins)
-        if all_reduce_axis(instrs[step.number]) is not None:
+        made.update(step.outs)
+        instr = instrs[step.number]
+        if instr.op == "redistribute" and step.outs[0] in temporary and (
+                ins[0] in made or any(is_partial(p) for p in instr.attrs[0][0])):
             key = (step.number, ins[0])
-            if key in known and step.outs[0] in temporary:
+            if key in known:
                 same[step.outs[0]] = known[key]
                 continue
-            if step.outs[0] in temporary:
-                known.setdefault(key, step.outs[0])
+            known[key] = step.outs[0]
         out.append(step._replace(ins=ins))
     return out
 

@@ -1,8 +1,8 @@
 """What moving and computing costs, in seconds: one function prices a plan and simulates it.
 
 Alpha-beta model: a collective over n workers on B local bytes takes
-    alpha * hops + bytes on the wire / bandwidth
-with hops = n-1 for all-gather, reduce-scatter and all-to-all, 2(n-1) for all-reduce (the ring's figures, as in
+    alpha * (hops + 1) + bytes on the wire / bandwidth
+(one alpha for starting it) with hops = n-1 for all-gather, reduce-scatter and all-to-all, 2(n-1) for all-reduce (the ring's figures, as in
 Thakur, Rabenseifner and Gropp 2005), and (n-1)/n B, 2(n-1)/n B, (n-1)/n^2 B bytes for the *whole* tensor's B.
 """
 
@@ -65,7 +65,7 @@ def move_seconds(before: Placement, after: Placement, whole: float, n: int, link
     if n == 1 or before == after or before == REPLICATE or is_partial(after):
         return 0.0
     hops = 2 * (n - 1) if is_partial(before) and after == REPLICATE else n - 1
-    return hops * link.latency + wire / link.bandwidth
+    return (hops + 1) * link.latency + wire / link.bandwidth
 
 
 def compute_seconds(flops: float, traffic: float, device: Device) -> float:
