@@ -45,7 +45,7 @@ def start(workers: int | None, mesh: Mapping[str, int] | None = None, *, address
                         f"and of the devices {DEVICES}")
     if workers is not None:
         mesh_axes(workers, mesh)        # raises before anything is started
-    actors = RayActors(connect(address))
+    actors = RayActors(connect(address, workers or 0))
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
         if workers is None:
