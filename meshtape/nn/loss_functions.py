@@ -53,8 +53,7 @@ def cross_entropy(input: Any, target: Any, weight: Tensor | None = None, ignore_
     if weight is None and reduction != "none":
         total, count, _ = _call("cross_entropy", x, y, ignore_index=int(ignore_index),
                                 label_smoothing=float(label_smoothing))
-        loss = total / count.detach() if reduction == "mean" else total
-        return loss if loss.dtype == x.dtype else loss.astype(x.dtype)
+        return _cast(total / count.detach() if reduction == "mean" else total, x.dtype)
     logp = _call("log_softmax", x, axis=_class_axis(x, "cross_entropy"))
     if not label_smoothing:
         return nll_loss(logp, y, weight, ignore_index, reduction)
@@ -74,7 +73,7 @@ def _along_classes(weight: Any, x: Tensor, name: str) -> Tensor:
     if w.shape != (x.shape[axis],):
         raise ShapeError(f"{name}: weight has shape {w.shape}; give one number for each of {x.shape[axis]} "
                          f"classes")
-    return w.reshape((1,) * axis + w.shape + (1,) * (x.ndim - axis - 1))
+    return _cast(w, x.dtype).reshape((1,) * axis + w.shape + (1,) * (x.ndim - axis - 1))
 
 
 def _by_probabilities(x: Tensor, y: Tensor, weight: Tensor | None, reduction: str,
@@ -84,10 +83,7 @@ def _by_probabilities(x: Tensor, y: Tensor, weight: Tensor | None, reduction: st
     if smoothing:
         y = y * (1 - smoothing) + smoothing / x.shape[axis]
     weighted = logp * y if weight is None else logp * y * _along_classes(weight, x, "cross_entropy")
-    loss = -weighted.sum(axis)
-    if reduction != "mean":
-        return reduce(loss, reduction)
-    return loss.sum() / max(loss.size, 1)
+    return reduce(-weighted.sum(axis), reduction)
 
 
 def nll_loss(input: Any, target: Any, weight: Tensor | None = None, ignore_index: int = -100,
@@ -101,17 +97,29 @@ def nll_loss(input: Any, target: Any, weight: Tensor | None = None, ignore_index
     _class_axis(logp, "nll_loss")
     losses = _call("nll", logp, y, ignore_index=int(ignore_index))
     if weight is None:
-        if reduction != "mean":
-            return reduce(losses, reduction)
-        return losses.sum() / (y != ignore_index).sum().astype(losses.dtype)
+        return _averaged(losses, y != ignore_index, reduction)
     picked = _weights_of(weight, logp, y, int(ignore_index))
-    losses = losses * picked
-    return losses.sum() / picked.sum() if reduction == "mean" else reduce(losses, reduction)
+    return _averaged(losses * picked, picked, reduction)
+
+
+def _averaged(losses: Any, weights: Any, reduction: str) -> Tensor:
+    """The losses, their sum, or their sum over that of the weights; 16-bit floats are summed in float32, which
+    also holds the count.
+    """
+    if reduction != "mean":
+        return reduce(losses, reduction)
+    wide = "float32" if losses.dtype.itemsize == 2 else losses.dtype
+    total = weights.sum() if weights.dtype.kind == "b" else _cast(weights, wide).sum()
+    return _cast(_cast(losses, wide).sum() / _cast(total, wide), losses.dtype)
+
+
+def _cast(x: Any, dtype: Any) -> Any:
+    return x if x.dtype == dtype else x.astype(dtype)
 
 
 def _weights_of(weight: Any, logp: Tensor, y: Tensor, ignore_index: int) -> Tensor:
     """weight[target], 0 for ignored targets: what nll picks of the negated weights."""
-    w = _along_classes(weight, logp, "nll_loss").detach().astype(logp.dtype)
+    w = _along_classes(weight, logp, "nll_loss").detach()
     return _call("nll", broadcast_to(-w, logp.shape), y, ignore_index=ignore_index)
 
 
@@ -124,11 +132,8 @@ def _smoothed(logp: Tensor, y: Tensor, weight: Tensor | None, ignore_index: int,
     uniform = where(counted, -weighted.sum(axis), 0.0)
     plain = nll_loss(logp, y, weight, ignore_index, "none")
     losses = plain * (1 - smoothing) + uniform * (smoothing / logp.shape[axis])
-    if reduction != "mean":
-        return reduce(losses, reduction)
-    count = (counted.sum().astype(logp.dtype) if weight is None
-             else _weights_of(weight, logp, y, ignore_index).sum())
-    return losses.sum() / count
+    weights = counted if weight is None else _weights_of(weight, logp, y, ignore_index)
+    return _averaged(losses, weights, reduction)
 
 
 def binary_cross_entropy_with_logits(input: Any, target: Any, weight: Tensor | None = None,

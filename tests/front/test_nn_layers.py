@@ -219,3 +219,63 @@ def test_one_hot() -> None:
     for classes in (-1, 4, 6):
         wanted = TF.one_hot(torch.tensor(y), classes).numpy()
         np.testing.assert_array_equal(F.one_hot(mt.tensor(y), classes).numpy(), wanted)
+
+
+# --- half precision and errors ----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_losses_of_16_bit_floats_keep_their_dtype_and_do_not_overflow(dtype: str) -> None:
+    if dtype == "bfloat16":
+        pytest.importorskip("ml_dtypes")
+    n = 70000                                       # more than float16 can count
+    x, y = mt.zeros((n, 2), dtype=dtype, layout=mt.Shard(0)), mt.zeros((n,), dtype="int64", layout=mt.Shard(0))
+    weight = mt.tensor([2.0, 1.0])
+    for loss in (F.cross_entropy(x, y), F.cross_entropy(x, y, weight), F.nll_loss(F.log_softmax(x), y),
+                 F.cross_entropy(x, y, label_smoothing=0.1), F.cross_entropy(x, x + 0.5),
+                 F.binary_cross_entropy_with_logits(x, x + 0.5)):
+        assert loss.dtype.name == dtype
+        np.testing.assert_allclose(float(loss.item()), math.log(2), rtol=0.01)
+    layer = nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4), nn.RMSNorm(4)).to(dtype)
+    assert layer(mt.ones((2, 6), dtype=dtype)).dtype.name == dtype
+
+
+def test_what_does_not_fit_is_refused_at_the_call() -> None:
+    x, y = mt.zeros((4, 3)), mt.zeros((4,), dtype="int64")
+    q = mt.zeros((2, 3, 4))
+    calls: list[tuple[Callable[[], Any], type[Exception], str]] = [
+        (lambda: nn.Linear(5, 2)(x), mt.ShapeError, "check the layer sizes"),
+        (lambda: nn.LayerNorm(4)(x), mt.ShapeError, r"normalized_shape \(4,\)"),
+        (lambda: F.cross_entropy(x, y[:3]), mt.ShapeError, r"target \(3,\)"),
+        (lambda: F.cross_entropy(x, y.astype("float32")), mt.DTypeError, "class indices"),
+        (lambda: F.cross_entropy(x, y, mt.ones(2)), mt.ShapeError, "one number for each of 3 classes"),
+        (lambda: F.cross_entropy(x, y, reduction="average"), ValueError, "'mean', 'sum' or 'none'"),
+        (lambda: F.cross_entropy(x, y, label_smoothing=2.0), ValueError, "between 0 and 1"),
+        (lambda: F.nll_loss(mt.zeros(()), y[0]), mt.ShapeError, "is a number"),
+        (lambda: F.mse_loss(x, mt.zeros((5, 3))), mt.ShapeError, "broadcast"),
+        (lambda: F.binary_cross_entropy_with_logits(x, y), mt.ShapeError, "one shape"),
+        (lambda: F.binary_cross_entropy_with_logits(y * 1.0, y), mt.DTypeError, "floating"),
+        (lambda: F.smooth_l1_loss(x, x, beta=-1), ValueError, "beta"),
+        (lambda: F.huber_loss(x, x, delta=0), ValueError, "delta"),
+        (lambda: F.softmax(x, 2), mt.ShapeError, "axis 2"),
+        (lambda: F.softmax(x, 0, dim=1), mt.ShapeError, "axis=0 and dim=1"),
+        (lambda: F.dropout(x, 1.5), ValueError, "between 0 and 1"),
+        (lambda: nn.Dropout(-0.1), ValueError, "between 0 and 1"),
+        (lambda: F.gelu(x, "fast"), ValueError, "approximate"),
+        (lambda: nn.Embedding(4, 3, padding_idx=4), mt.ShapeError, "padding_idx 4"),
+        (lambda: F.embedding(x, mt.zeros((4, 3))), mt.DTypeError, "integers"),
+        (lambda: F.scaled_dot_product_attention(q, q, q, mt.ones((3, 3)), is_causal=True), mt.ShapeError,
+         "not both"),
+        (lambda: F.scaled_dot_product_attention(q, q, q, y[:3]), mt.DTypeError, "boolean mask"),
+        (lambda: F.scaled_dot_product_attention(mt.zeros((5, 2, 4)), q, q, enable_gqa=True), mt.ShapeError,
+         "no multiple"),
+    ]
+    for call, kind, text in calls:
+        with pytest.raises(kind, match=text):
+            call()
+
+
+def test_a_class_out_of_range_is_reported_with_the_line_of_the_call() -> None:
+    loss = F.cross_entropy(mt.zeros((4, 3)), mt.tensor(np.array([0, 1, 3, 0])))
+    with pytest.raises(mt.WorkerError, match=r"target 3 is not one of 3 classes.*test_nn_layers\.py"):
+        loss.item()
+    assert F.cross_entropy(mt.zeros((2, 3)), mt.tensor(np.array([0, 1]))).item() > 1
