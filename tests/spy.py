@@ -1,0 +1,64 @@
+"""What a session sends, seen at its mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from meshtape.runtime.protocol import Program, Run
+from meshtape.scheduler.session import Session
+
+
+class Batch(NamedTuple):
+    """One batch as rank 0 got it. `fresh` says whether its program travelled with it."""
+
+    program: Program | None
+    fresh: bool
+    ids: list[int]
+    n_feeds: int
+    n_fetches: int
+    frees: list[int]
+
+    @property
+    def moves(self) -> list[tuple[Any, ...]]:
+        """(placements before, after) of every move; (combine, axis) of every bucket of reductions."""
+        found: list[tuple[Any, ...]] = []
+        for number, _, _ in self.program.steps if self.program else ():
+            instr = self.program.instrs[number]  # type: ignore[union-attr]
+            if instr.op == "redistribute":
+                found.append((instr.attrs[0][0], instr.attrs[0][-1]))
+            elif instr.op == "all_reduce_bucket":
+                found.append(tuple(reversed(instr.attrs)))
+        return found
+
+
+class Spy:
+    """Notes every batch that `session` sends from now on."""
+
+    def __init__(self, session: Session) -> None:
+        self.batches: list[Batch] = []
+        self.in_flight = self.most_in_flight = 0
+        self._mesh = session.mesh
+        self._programs: dict[bytes, Program] = {}
+        self._send, self._collect = session.mesh.send, session.mesh.collect
+        vars(session.mesh).update(send=self.send, collect=self.collect)
+
+    def send(self, runs: Sequence[Run]) -> None:
+        run = runs[0]
+        if run.program is not None:
+            self._programs[run.digest] = run.program
+        self.batches.append(Batch(self._programs.get(run.digest), run.program is not None, list(run.ids),
+                                  len(run.feeds), len(run.fetch), list(run.frees)))
+        self.in_flight += len(runs)
+        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        self._send(runs)
+
+    def collect(self, timeout: float | None = None) -> Any:
+        reply = self._collect(timeout)
+        self.in_flight -= reply is not None
+        return reply
+
+    def take(self) -> list[Batch]:
+        """The batches noted since the last call."""
+        taken, self.batches = self.batches, []
+        return taken
