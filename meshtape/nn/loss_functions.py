@@ -103,9 +103,7 @@ def nll_loss(input: Any, target: Any, weight: Tensor | None = None, ignore_index
 
 
 def _averaged(losses: Any, weights: Any, reduction: str) -> Tensor:
-    """The losses, their sum, or their sum over that of the weights; 16-bit floats are summed in float32, which
-    also holds the count.
-    """
+    """The losses, their sum, or their sum over that of the weights; 16-bit floats average in float32."""
     if reduction != "mean":
         return reduce(losses, reduction)
     wide = "float32" if losses.dtype.itemsize == 2 else losses.dtype

@@ -28,7 +28,7 @@ class Module:
     training: bool
     _parameters: dict[str, Parameter | None]
     _buffers: dict[str, Tensor | None]
-    _modules: dict[str, Module | None]
+    _modules: dict[str, Any]                # a Module, or None
     _transient: set[str]
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ class Module:
     def _forget(self, name: str) -> bool:
         found = False
         for group in (self._parameters, self._buffers, self._modules, self.__dict__):
-            found = group.pop(name, self) is not self or found
+            found = group.pop(name, self) is not self or found      # self stands for "not there"
         self._transient.discard(name)
         return found
 

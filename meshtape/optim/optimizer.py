@@ -167,34 +167,48 @@ class Optimizer:
         Raises StateError, and then nothing was loaded.
         """
         groups, states = self._checked(state_dict)
-        params = [p for g in self.param_groups for p in g["params"]]
         for group, found in zip(self.param_groups, groups, strict=True):
-            group.update({k: tuple(v) if isinstance(v, list) else v
-                          for k, v in found.items() if k != "params"})
-        self.state = {}
-        for i, state in states.items():
-            p = params[int(i)]
-            self.state[p] = {"step": 0, **{k: _state_value(k, v, p) for k, v in state.items()}}
+            group.update(found)
+        self.state = {p: {"step": 0, **{k: _state_value(k, v, p) for k, v in state.items()}}
+                      for p, state in states.items()}
 
-    def _checked(self, state_dict: Any) -> tuple[list[Any], Mapping[Any, Mapping[str, Any]]]:
+    def _checked(self, state_dict: Any) -> tuple[list[Group], dict[Tensor, Mapping[str, Any]]]:
+        """The hyperparameters of each group, and the given state of each parameter."""
         who = f"{type(self).__name__}.load_state_dict"
-        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-            raise StateError(f"{who}: not an optimizer's state; it needs the entries 'state' and "
-                             f"'param_groups'")
-        groups, states = state_dict["param_groups"], state_dict["state"]
+        try:
+            given = [dict(g) for g in state_dict["param_groups"]]
+            counts = [len(g.pop("params")) for g in given]
+            states = {int(i): dict(s) for i, s in state_dict["state"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+            raise StateError(f"{who}: not an optimizer's state ({error!r}); it is a dict with 'state' and "
+                             f"'param_groups'") from error
         have = [len(g["params"]) for g in self.param_groups]
-        given = [len(g["params"]) for g in groups]
-        if have != given:
-            raise StateError(f"{who}: this optimizer's groups have {have} parameters, the state's {given}")
+        if counts != have:
+            raise StateError(f"{who}: this optimizer's groups have {have} parameters, the state's {counts}")
+        groups = [self._checked_group(who, found) for found in given]
         params = [p for g in self.param_groups for p in g["params"]]
         for i, state in states.items():
-            if int(i) >= len(params):
+            if not 0 <= i < len(params):
                 raise StateError(f"{who}: a state for parameter {i}, but there are {len(params)}")
             for name, value in state.items():
-                if getattr(value, "ndim", 0) and tuple(value.shape) != params[int(i)].shape:
-                    raise StateError(f"{who}: {name} of parameter {i} has shape {tuple(value.shape)}, the "
-                                     f"parameter {params[int(i)].shape}")
-        return list(groups), states
+                shape = tuple(getattr(value, "shape", params[i].shape))
+                if name != "step" and shape != params[i].shape:
+                    raise StateError(f"{who}: {name} of parameter {i} has shape {shape}, the parameter "
+                                     f"{params[i].shape}")
+        return groups, {params[i]: state for i, state in states.items()}
+
+    def _checked_group(self, who: str, found: Group) -> Group:
+        """Hyperparameters from a state; lists (of a file) become tuples."""
+        group = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
+        missing = [k for k in self.defaults if k not in group]
+        if missing:
+            raise StateError(f"{who}: a group without {', '.join(missing)}; this is the state of another "
+                             f"optimizer")
+        try:
+            self.check_group(group)
+        except ValueError as error:
+            raise StateError(f"{who}: {error}") from error
+        return group
 
     def __repr__(self) -> str:
         values = lambda group: "\n".join(f"    {k}: {v}" for k, v in sorted(group.items()) if k != "params")

@@ -228,7 +228,8 @@ def test_losses_of_16_bit_floats_keep_their_dtype_and_do_not_overflow(dtype: str
     if dtype == "bfloat16":
         pytest.importorskip("ml_dtypes")
     n = 70000                                       # more than float16 can count
-    x, y = mt.zeros((n, 2), dtype=dtype, layout=mt.Shard(0)), mt.zeros((n,), dtype="int64", layout=mt.Shard(0))
+    x = mt.zeros((n, 2), dtype=dtype, layout=mt.Shard(0))
+    y = mt.zeros((n,), dtype="int64", layout=mt.Shard(0))
     weight = mt.tensor([2.0, 1.0])
     for loss in (F.cross_entropy(x, y), F.cross_entropy(x, y, weight), F.nll_loss(F.log_softmax(x), y),
                  F.cross_entropy(x, y, label_smoothing=0.1), F.cross_entropy(x, x + 0.5),

@@ -168,10 +168,7 @@ def test_torch_s_own_state_is_understood() -> None:
     for p, t in zip(ps, ts, strict=True):
         with mt.no_grad():
             p.copy_(t.detach().numpy())
-    state = theirs.state_dict()
-    kept = {"lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "params"}
-    groups = [{k: v for k, v in g.items() if k in kept} for g in state["param_groups"]]
-    ours.load_state_dict({"state": state["state"], "param_groups": groups})
+    ours.load_state_dict(theirs.state_dict())
     descend(ps, ours, mt.tensor)
     descend(ts, theirs, torch.tensor)
     ours.step()
@@ -188,8 +185,15 @@ def test_wrong_states_are_refused_and_nothing_is_loaded() -> None:
                                        "exp_avg_sq": np.zeros((2, 3))}}}
     two = {"state": {}, "param_groups": [{"lr": 1.0, "params": [0, 1]}]}
     too_many = {**good, "state": {3: {"step": 1}}}
+    other = optim.SGD([p]).state_dict()
+    negative = {**good, "param_groups": [{**good["param_groups"][0], "lr": -1.0}]}
+    number = {**good, "state": {0: {"step": 1, "exp_avg": np.zeros(())}}}
     for wrong, text in ((bad_shape, r"exp_avg .* \(3, 2\)"), (two, r"\[1\] parameters, the state's \[2\]"),
-                        ({"weights": 1}, "param_groups"), (too_many, "parameter 3")):
+                        ({"weights": 1}, "param_groups"), (too_many, "parameter 3"),
+                        ([1], "not an optimizer's"),
+                        ({"state": {"x": 1}, "param_groups": [1]}, "not an optimizer's"),
+                        (other, "without betas, eps, amsgrad; this is the state of another optimizer"),
+                        (negative, "lr is -1"), (number, r"exp_avg .* \(\)")):
         with pytest.raises(mt.StateError, match=text):
             optimizer.load_state_dict(wrong)
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.25
