@@ -57,11 +57,9 @@ class Module:
                                      f"{name!r}")
             super().__setattr__(name, value)
         elif isinstance(value, Parameter):
-            self._forget(name)
-            self._parameters[name] = value
+            self._put(self._parameters, name, value)
         elif isinstance(value, Module):
-            self._forget(name)
-            self._modules[name] = value
+            self._put(self._modules, name, value)
         elif name in self._buffers and (value is None or isinstance(value, Tensor)):
             self._buffers[name] = value
         elif value is None and name in self._parameters:
@@ -86,6 +84,12 @@ class Module:
         if not self._forget(name):
             super().__delattr__(name)
 
+    def _put(self, group: dict[str, Any], name: str, value: Any) -> None:
+        """Set an attribute in its group, at its old place if it has one; it leaves the other groups."""
+        if name not in group:
+            self._forget(name)
+        group[name] = value
+
     def _forget(self, name: str) -> bool:
         found = False
         for group in (self._parameters, self._buffers, self._modules, self.__dict__):
@@ -99,24 +103,20 @@ class Module:
     def register_parameter(self, name: str, parameter: Parameter | None) -> None:
         """Add a parameter by name; None keeps the name for a parameter that this module does without."""
         _check_name(self, name)
-        self._forget(name)
-        self._parameters[name] = parameter
+        self._put(self._parameters, name, parameter)
 
     def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:
         """Add a tensor that is part of the state but not trained; persistent=False keeps it out of
         state_dict().
         """
         _check_name(self, name)
-        self._forget(name)
-        self._buffers[name] = tensor
-        if not persistent:
-            self._transient.add(name)
+        self._put(self._buffers, name, tensor)
+        (self._transient.discard if persistent else self._transient.add)(name)
 
     def add_module(self, name: str, module: Module | None) -> None:
         """Add a child by name."""
         _check_name(self, name)
-        self._forget(name)
-        self._modules[name] = module
+        self._put(self._modules, name, module)
 
     # --- walking the tree ---------------------------------------------------------------------------
 

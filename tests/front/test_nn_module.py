@@ -142,6 +142,9 @@ def test_attributes() -> None:
         net.weight = mt.ones((3, 2))
     net.bias = None
     assert list(dict(net.named_parameters())) == ["weight"] and net(mt.ones(2)).shape == (3,)
+    net.weight = nn.Parameter(mt.ones((3, 2)))
+    net.bias = nn.Parameter(mt.ones(3))
+    assert list(net.state_dict()) == ["weight", "bias"]
     net.extra = nn.Parameter(mt.ones(1))
     assert "extra" in dict(net.named_parameters()) and "extra" in dir(net)
     del net.extra

@@ -12,6 +12,7 @@ from beside_torch import torch
 import meshtape as mt
 from meshtape import nn, optim
 from meshtape.optim import lr_scheduler as sched
+from meshtape.scheduler.session import Session
 
 SHAPES = [(7, 5), (5,), (), (2, 3, 4)]
 RNG = np.random.default_rng(0)
@@ -103,6 +104,28 @@ def test_a_changing_rate_repeats_the_program() -> None:
         optimizer.step()
         schedule.step()
     assert mt.current_mesh()._session.stats.digest_hits - before == 5
+
+
+def test_a_training_step_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    mt.init(workers=2, backend="local")
+    ps, _ = ours_and_theirs()
+    optimizer = optim.AdamW(ps, lr=0.1)
+    schedule = sched.StepLR(optimizer, 2)
+
+    def waits(*args: Any) -> None:
+        raise AssertionError("a step waited for a value")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Session, "fetch", waits)
+        patch.setattr(Session, "wait", waits)
+        for _ in range(3):
+            descend(ps, optimizer, mt.tensor)
+            nn.utils.clip_grad_norm_(ps, 1.0)
+            nn.utils.clip_grad_value_(ps, 0.5)
+            optimizer.step()
+            schedule.step()
+            optimizer.state_dict()
+    assert all(np.isfinite(p.numpy()).all() for p in ps)
 
 
 def test_step_runs_a_closure_and_returns_its_loss() -> None:
