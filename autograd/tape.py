@@ -62,6 +62,8 @@ class Node(AnyNode):
 
     __slots__ = ("kept_in", "kept_out", "plan", "site")
 
+    plan: Plan  # type: ignore[assignment]
+
     def __init__(self, plan: Plan, edges: tuple[Edge | None, ...], inputs: list[Any], outputs: list[Any],
                  site: Site) -> None:
         self.plan = plan
@@ -116,7 +118,7 @@ class Node(AnyNode):
             out = tuple(make(self.kept_out[k], s, (self, k) if s.differentiable else None)
                         if k in plan.kept_outputs else s for k, s in enumerate(plan.outs))
         vjp = plan.op.vjp
-        if type(vjp) is not tuple:
+        if not isinstance(vjp, tuple):
             assert vjp is not None
             found = vjp(g, out, *inputs, **plan.attrs)
         else:
@@ -179,9 +181,9 @@ class CheckpointNode(AnyNode):
             out = self.function(*args)
         session.draws = draws
         outs = out if isinstance(out, tuple | list) else (out,)
-        pairs = [(o, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.edge is not None]
-        if pairs:
-            walk([(o.edge, g) for o, g in pairs], retain_graph=False, create_graph=session.grad_enabled)
+        roots = [(o.edge, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.edge is not None]
+        if roots:
+            walk(roots, retain_graph=False, create_graph=session.grad_enabled)
         return [a.grad if isinstance(a, Tensor) and e is not None else None
                 for a, e in zip(args, self.edges, strict=True)]
 
@@ -250,12 +252,12 @@ def _walk(roots: Sequence[tuple[Edge, Tensor]], session: Session, retain_graph: 
         results = node.backward(here, session) if here is not None else [None] * len(edges)
         if not retain_graph:
             node.release()
-        for edge, g in zip(edges, results, strict=True):
-            if edge is None:
+        for target_edge, result in zip(edges, results, strict=True):
+            if target_edge is None:
                 continue
-            target = edge[0]
-            if g is not None:
-                add_grad(grads, target, edge[1], g)
+            target = target_edge[0]
+            if result is not None:
+                add_grad(grads, target, target_edge[1], result)
             left = waiting[target] - 1
             waiting[target] = left
             if not left:

@@ -61,7 +61,8 @@ def bfloat16() -> np.dtype[Any]:
         from ml_dtypes import bfloat16 as found
     except ImportError as error:
         raise DTypeError("dtype bfloat16 needs the package ml_dtypes: pip install ml_dtypes") from error
-    return np.dtype(found)
+    dtype: np.dtype[Any] = np.dtype(found)
+    return dtype
 
 
 def kind(dtype: AnyDType) -> int:
@@ -89,7 +90,7 @@ def promote(*given: AnyDType) -> np.dtype[Any]:
         if weak[0] == 3 and float64 in strong:
             return complex128
         return weak[1]
-    out = None
+    out: np.dtype[Any] | None = None
     for d in strong:
         if kind(d) == top:
             out = d if out is None else _meet(out, d)

@@ -103,7 +103,10 @@ class Op:
 
     def __post_init__(self) -> None:
         params = list(inspect.signature(self.kernel).parameters.values())[1:]
-        put = lambda key, value: object.__setattr__(self, key, value)
+
+        def put(key: str, value: Any) -> None:
+            object.__setattr__(self, key, value)
+
         put("takes_out", any(p.name == "out" for p in params))
         put("variadic", any(p.kind is p.VAR_POSITIONAL for p in params))
         arrays = [p.name for p in params if p.name != "out" and p.name not in self.attrs]

@@ -77,7 +77,7 @@ def piece(shape: Shape, placements: Placements, mesh_shape: Sequence[int], coord
     """
     local, offset, addend = list(shape), [0] * len(shape), True
     for placement, parts, index in zip(placements, mesh_shape, coord, strict=True):
-        if type(placement) is str:
+        if isinstance(placement, str):
             addend = addend and index == 0
         elif placement >= 0:
             start, stop = split(local[placement], parts, index)

@@ -27,7 +27,8 @@ class Recorded(NamedTuple):
 
 def unflatten(body: Sequence[int], instrs: Sequence[Instr]) -> list[Recorded]:
     """The recorded batch is flat: number, inputs, outputs, number, ...; cut it by the instructions' arity."""
-    out, at = [], 0
+    out: list[Recorded] = []
+    at = 0
     while at < len(body):
         instr = instrs[body[at]]
         mid = at + 1 + len(instr.ins)

@@ -24,6 +24,7 @@ class Sent(NamedTuple):
     ids: list[int]
     sites: list[Site]
     fetch: list[Fetch]
+    frees: list[int]
     replies: list[Reply]
 
 
@@ -39,23 +40,30 @@ class Inflight:
         self.values: dict[int, Any] = {}            # by id: fetched values that nobody has asked for yet
         self.poisoned: dict[int, WorkerError] = {}
         self.errors: list[WorkerError] = []
+        # Values that come though nobody asked this time: who foresaw it, as a body and its slot.
+        self.unread: dict[int, tuple[Body, int]] = {}
         self._unwanted: set[int] = set()
 
     def add(self, batch: int, sent: Sent) -> None:
-        self.sent[batch] = sent
+        """Note a batch that is about to be sent.
 
-    def forget(self, names: Iterable[int]) -> set[int]:
-        """The user can no longer reach these ids; returns those whose values were fetched and not read."""
+        A value that came unasked, and whose tensor goes without anyone having looked, is not sent for again.
+        """
         coming = {f.id for s in self.sent.values() for f in s.fetch}
-        unread = set()
-        for name in names:
-            self.poisoned.pop(name, None)
+        for name in sent.frees:
+            guess = self.unread.pop(name, None)
+            if guess is not None:
+                guess[0].asked.discard(guess[1])
             if name in coming:
                 self._unwanted.add(name)
-                unread.add(name)
-            elif self.values.pop(name, None) is not None:
-                unread.add(name)
-        return unread
+            else:
+                self.values.pop(name, None)
+        self.sent[batch] = sent
+
+    def take(self, name: int) -> Any:
+        """The fetched value of an id."""
+        self.unread.pop(name, None)
+        return self.values.pop(name)
 
     def expected(self, name: int) -> int | None:
         """The batch whose reply will bring (or brought) the value of an id, if one does."""
@@ -96,11 +104,11 @@ class Inflight:
         values = sorted((r.rank, r.values[k]) for r in replies if r.values[k] is not None)
         if len(values) == 1:
             return np.array(values[0][1])
-        out = np.empty(kind.shape, values[0][1].dtype)
+        out: Any = np.empty(kind.shape, values[0][1].dtype)
         combine = next((COMBINE[p] for p in kind.placements if isinstance(p, str)), None)
         for rank, value in values:
             mine = piece(kind.shape, kind.placements, self.shape, self.coords[rank])
-            here = out[(..., *mine.slices)]
+            here = out[..., *mine.slices]
             if mine.addend or combine is None:
                 here[...] = value
             else:
@@ -112,6 +120,8 @@ class Inflight:
     def _settle(self, sent: Sent) -> None:
         """All ranks answered a batch: note its failures and everything that they spoil."""
         body = sent.body
+        for name in sent.frees:
+            self.poisoned.pop(name, None)
         failures = [f for r in sent.replies for f in r.failures]
         if body is None or (not failures and not self.poisoned):
             return

@@ -165,7 +165,8 @@ class Spec:
         self.ndim = len(shape)
         self.weak = weak
         self.weak_type = dtype if weak else None
-        self.wire = None if weak else TensorType(shape, dtype.name, placements)
+        # What travels to the workers; a scalar has none there and is never asked for it.
+        self.wire = TensorType(shape, "" if weak else dtype.name, placements)
         self.differentiable = not weak and (dtype.kind in "fc" or dtype.name == "bfloat16")
 
     @property

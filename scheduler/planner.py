@@ -106,7 +106,9 @@ class Planner:
     def _prepare(self, specs: Sequence[Spec], casts: Sequence[Any], wanted: Sequence[Placements],
                  ) -> tuple[tuple[tuple[int, ...], ...], tuple[TensorType | None, ...], float]:
         """Instructions that bring each input to its wanted layout and dtype, and its type on arrival."""
-        before, arrived, wire = [], [], 0.0
+        before: list[tuple[int, ...]] = []
+        arrived: list[TensorType | None] = []
+        wire = 0.0
         for spec, cast, target in zip(specs, casts, wanted, strict=True):
             if spec.weak:
                 before.append(())

@@ -62,7 +62,7 @@ class Recording(NamedTuple):
     constants: tuple[Any, ...]
     made: int
     pick: Callable[[list[Any]], tuple[int, ...]] | None
-    count: int
+    steps: int
     hidden: tuple[int, ...]
     results: tuple[int | None, ...]
 
@@ -190,7 +190,7 @@ class Session:
                 self.temporary.append(first + k)
             self.body += recording.pick(values)
             sites = self.sites
-            for _ in range(recording.count):
+            for _ in range(recording.steps):
                 sites.append(site)
             if len(sites) >= PENDING_LIMIT:
                 self.flush()
@@ -272,11 +272,12 @@ class Session:
         body, fresh = self._body(tuple(sorted(dead))) if self.body else (None, False)
         wanted = list(fetch)
         if body is not None and body.asked:
-            wanted += [Fetch(self.names[s], body.types[s]) for s in sorted(body.asked) if s not in dead]
+            unasked = {self.names[s]: s for s in sorted(body.asked) if s not in dead}
+            wanted += [Fetch(name, body.types[s]) for name, s in unasked.items()]
+            self.inflight.unread.update((name, (body, s)) for name, s in unasked.items())
         self._batch += 1
-        sent = Sent(body, self.names, self.sites, wanted, [])
+        sent = Sent(body, self.names, self.sites, wanted, frees, [])
         self.inflight.add(self._batch, sent)
-        self._forget(frees)
         feeds = self._cut_feeds()
         runs = [Run(self._batch, body.digest if body else b"", self.names, self.scalars, feeds[rank], wanted, frees,
                     self._drop, body.program if body and fresh else None) for rank in range(self.mesh.size)]
@@ -295,12 +296,6 @@ class Session:
         self.stats.batches += 1
         self.stats.digest_hits += hit
         self.stats.messages += self.mesh.size
-
-    def _forget(self, frees: list[int]) -> None:
-        """Ids that the user let go. A value that came unasked and was not looked at is not sent for again."""
-        unread = self.inflight.forget(frees)
-        if unread and self.last is not None and self.last.body is not None:
-            self.last.body.asked.difference_update(s for s, name in enumerate(self.last.ids) if name in unread)
 
     def _body(self, dead: tuple[int, ...]) -> tuple[Body, bool]:
         """The body of the pending batch, and whether workers see it for the first time."""
@@ -351,7 +346,7 @@ class Session:
         for block, _ in settled:
             if block in inflight.poisoned:
                 raise inflight.poisoned[block]
-        found = {+b: inflight.values.pop(b) for b, _ in dict(settled).items()}
+        found = {+b: inflight.take(b) for b, _ in dict(settled).items()}
         return [found[+b] for b, _ in settled]
 
     def _remember(self, settled: Sequence[tuple[Block, Spec]]) -> None:
