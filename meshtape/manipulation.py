@@ -26,7 +26,7 @@ def astype(x: Tensor, dtype: AnyDType, /) -> Tensor:
 
 def reshape(x: Any, /, shape: int | Sequence[int]) -> Tensor:
     """`x` with the same elements in the same order under another shape; one extent may be -1 (worked out)."""
-    x = _t(x)
+    t = _t(x)
     wanted = [int(n) for n in ((shape,) if isinstance(shape, int) else shape)]
     if wanted.count(-1) > 1 or any(n < -1 for n in wanted):
         raise ShapeError(f"reshape: {tuple(wanted)} leaves more than one extent open; at most one may be -1")
@@ -34,12 +34,12 @@ def reshape(x: Any, /, shape: int | Sequence[int]) -> Tensor:
         known = 1
         for n in wanted:
             known *= n if n != -1 else 1
-        if known == 0 or x.size % known:
-            raise ShapeError(f"reshape: {x.size} elements of shape {x.shape} do not fill {tuple(wanted)}")
-        wanted[wanted.index(-1)] = x.size // known
-    if tuple(wanted) == x.shape:
-        return x
-    return apply(lookup("reshape"), (x,), (tuple(wanted),))  # type: ignore[no-any-return]
+        if known == 0 or t.size % known:
+            raise ShapeError(f"reshape: {t.size} elements of shape {t.shape} do not fill {tuple(wanted)}")
+        wanted[wanted.index(-1)] = t.size // known
+    if tuple(wanted) == t.shape:
+        return t
+    return apply(lookup("reshape"), (t,), (tuple(wanted),))  # type: ignore[no-any-return]
 
 
 def flatten(x: Tensor, start: int = 0, end: int = -1) -> Tensor:
@@ -55,13 +55,13 @@ def flatten(x: Tensor, start: int = 0, end: int = -1) -> Tensor:
 
 def permute_dims(x: Any, /, axes: Sequence[int]) -> Tensor:
     """`x` with dimension axes[i] in place i."""
-    x = _t(x)
-    order = tuple(normalize_axis(a, x.ndim, "permute_dims") for a in axes)
-    if sorted(order) != list(range(x.ndim)):
-        raise ShapeError(f"permute_dims: axes {tuple(axes)} is no permutation of the {x.ndim} dimensions")
-    if order == tuple(range(x.ndim)):
-        return x
-    return apply(lookup("permute_dims"), (x,), (order,))  # type: ignore[no-any-return]
+    t = _t(x)
+    order = tuple(normalize_axis(a, t.ndim, "permute_dims") for a in axes)
+    if sorted(order) != list(range(t.ndim)):
+        raise ShapeError(f"permute_dims: axes {tuple(axes)} is no permutation of the {t.ndim} dimensions")
+    if order == tuple(range(t.ndim)):
+        return t
+    return apply(lookup("permute_dims"), (t,), (order,))  # type: ignore[no-any-return]
 
 
 def swapaxes(x: Tensor, axis1: int, axis2: int, /) -> Tensor:

@@ -67,7 +67,8 @@ def _getitem(self: Tensor, key: Any) -> Tensor:
     A boolean mask decides the result's shape, so reading one waits for its values.
     """
     from meshtape.runtime import indexing
-    return indexing.read(self, _plain_key(key))
+    out: Tensor = indexing.read(self, _plain_key(key))
+    return out
 
 
 def _setitem(self: Tensor, key: Any, value: Any) -> None:

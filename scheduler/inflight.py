@@ -104,7 +104,8 @@ class Inflight:
         values = sorted((r.rank, r.values[k]) for r in replies if r.values[k] is not None)
         if len(values) == 1:
             return np.array(values[0][1])
-        out: Any = np.empty(kind.shape, values[0][1].dtype)
+        whole: np.ndarray[Any, Any] = np.empty(kind.shape, values[0][1].dtype)
+        out: Any = whole
         combine = next((COMBINE[p] for p in kind.placements if isinstance(p, str)), None)
         for rank, value in values:
             mine = piece(kind.shape, kind.placements, self.shape, self.coords[rank])
@@ -113,7 +114,7 @@ class Inflight:
                 here[...] = value
             else:
                 combine(here, value, out=here)
-        return out
+        return whole
 
     # --- failures -----------------------------------------------------------------------------------
 
