@@ -1,11 +1,17 @@
-"""What a session sends, seen at its mesh."""
+"""What a session sends, seen at its mesh, and what its workers hold."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import gc
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import meshtape as mt
+from meshtape.cluster.local import InlineMesh, ThreadMesh
 from meshtape.runtime.protocol import Program, Run
+from meshtape.runtime.worker import Worker
+from meshtape.scheduler import current
 from meshtape.scheduler.session import Session
 
 
@@ -62,3 +68,28 @@ class Spy:
         """The batches noted since the last call."""
         taken, self.batches = self.batches, []
         return taken
+
+
+@contextmanager
+def watched(workers: int) -> Iterator[tuple[Session, list[Worker]]]:
+    """A session on threads of this process (for 1: in this thread), and the workers themselves."""
+    made: list[Worker] = []
+
+    def make(*args: Any) -> Worker:
+        made.append(Worker(*args))
+        return made[-1]
+
+    mt.shutdown()
+    mesh = InlineMesh(worker=make) if workers == 1 else ThreadMesh(workers, worker=make)
+    session = current.use(Session(mesh))
+    try:
+        yield session, made
+    finally:
+        mt.shutdown()
+
+
+def blocks(session: Session, workers: list[Worker]) -> list[int]:
+    """How many blocks each worker holds, once everything that was let go has been freed."""
+    gc.collect()
+    session.wait()
+    return [len(w.blocks) for w in sorted(workers, key=lambda w: w.rank)]
