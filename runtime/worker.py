@@ -12,6 +12,7 @@ import numpy as np
 
 import meshtape.runtime.ops  # noqa: F401  fills the op table
 from meshtape.runtime.errors import CommError
+from meshtape.runtime.memory import keep_pages
 from meshtape.runtime.program import Compiled, Site, Step, compile_program, placeholder
 from meshtape.runtime.protocol import Failure, Reply, Run
 from meshtape.runtime.shards import coordinate, is_owner
@@ -35,6 +36,7 @@ class Worker:
 
     def __init__(self, rank: int, mesh_shape: Sequence[int], communicators: Sequence[Any],
                  device: str = "cpu") -> None:
+        keep_pages()
         self.rank = rank
         self.site = Site(np, tuple(mesh_shape), coordinate(rank, mesh_shape), tuple(communicators))
         self.device = device
