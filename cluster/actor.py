@@ -68,14 +68,15 @@ class WorkerActor:
         assert self._listener is not None
         serve(self._listener, self._endpoint, assignment, self._guard, self._order.make_worker)
 
-    def begin(self, assignment: Assignment) -> None:
-        """Join the collectives; deliver() follows."""
+    def begin(self, assignment: Assignment) -> list[str]:
+        """Join the collectives, and say by which kinds of communicators; deliver() follows."""
         communicators = join(self._endpoint, assignment)
         self._endpoint.close()
         self._guard.will_abort(communicators)
         self._worker = self._order.make_worker(assignment.rank, assignment.mesh_shape, communicators,
                                                assignment.device)
         self._delivered = 0
+        return [communicator.kind for communicator in communicators]
 
     def deliver(self, number: int, data: bytes) -> bytes:
         """Run batch `number` (counted from 0) and answer it; both are frames of the control channel."""

@@ -25,8 +25,8 @@ class CallMesh(ProcessMesh):
     """One deliver() call per batch and rank; its result is the reply."""
 
     def __init__(self, names: tuple[str, ...], shape: tuple[int, ...], places: Sequence[Place],
-                 actors: RayActors, heartbeat_timeout: float = 4.0) -> None:
-        super().__init__("ray", names, shape, places, actors, heartbeat_timeout)
+                 links: list[str], actors: RayActors, heartbeat_timeout: float = 4.0) -> None:
+        super().__init__("ray", names, shape, places, links, actors, heartbeat_timeout)
         self._handles = list(actors.handles)
         self._due: list[deque[Any]] = [deque() for _ in places]     # per rank, deliver() calls under way
         self._beats: list[Any] = [None] * len(places)               # and the beat() call

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from meshtape.cluster.mesh import Mesh, mesh_axes
+from meshtape.cluster.mesh import Mesh, mesh_axes, slowest_links
 from meshtape.runtime.collectives.base import Communicator
 from meshtape.runtime.collectives.threads import ThreadGroup
 from meshtape.runtime.errors import WorkerLost
@@ -31,7 +31,7 @@ class InlineMesh(Mesh):
     kind = "inline"
 
     def __init__(self, names: tuple[str, ...] = ("data",), worker: Callable[..., Any] = Worker) -> None:
-        super().__init__(names, (1,) * len(names), [HERE], ["cpu"])
+        super().__init__(names, (1,) * len(names), [HERE], ["cpu"], ["self"] * len(names))
         self._worker = worker(0, self.shape, [ThreadGroup(1).communicator(0) for _ in names], "cpu")
         self._replies: deque[Reply] = deque()
 
@@ -66,8 +66,9 @@ class ThreadMesh(Mesh):
     def __init__(self, workers: int, mesh: Mapping[str, int] | None = None, timeout: float = 300.0,
                  worker: Callable[..., Any] = Worker) -> None:
         names, shape = mesh_axes(workers, mesh)
-        super().__init__(names, shape, [HERE] * workers, ["cpu"] * workers)
         self._communicators = thread_communicators(shape, timeout)
+        links = slowest_links([[c.kind for c in mine] for mine in self._communicators])
+        super().__init__(names, shape, [HERE] * workers, ["cpu"] * workers, links)
         self._inboxes: list[SimpleQueue[Run | None]] = [SimpleQueue() for _ in range(workers)]
         self._replies: SimpleQueue[Reply | WorkerLost] = SimpleQueue()
         self._stopping = threading.Event()

@@ -14,12 +14,16 @@ from types import TracebackType
 from meshtape.runtime.errors import MeshError, SessionClosed
 from meshtape.runtime.protocol import Reply, Run
 
+# Kinds of communicators, the fastest first.
+SLOWNESS = ("self", "nccl", "shm", "threads", "tcp")
+
 
 class Mesh(ABC):
     """`size` workers laid out on named axes; rank r sits at shards.coordinate(r, shape).
 
     `nodes` and `devices` name, per rank, the machine ("this process", a hostname) and the device ("cpu",
-    "gpu0") for messages and pictures.
+    "gpu0") for messages and pictures. `links` gives, per mesh axis, the kind of the communicators along it
+    ("self", "threads", "shm", "tcp", "nccl"; the slowest if they differ), for the cost model.
     """
 
     kind: str
@@ -27,24 +31,20 @@ class Mesh(ABC):
     shape: tuple[int, ...]
     nodes: list[str]
     devices: list[str]
+    links: list[str]
 
-    def __init__(self, names: tuple[str, ...], shape: tuple[int, ...], nodes: list[str],
-                 devices: list[str]) -> None:
+    def __init__(self, names: tuple[str, ...], shape: tuple[int, ...], nodes: list[str], devices: list[str],
+                 links: list[str]) -> None:
         self.names = names
         self.shape = shape
         self.nodes = nodes
         self.devices = devices
+        self.links = links
         self._closed_because = ""
 
     @property
     def size(self) -> int:
         return prod(self.shape)
-
-    @property
-    def links(self) -> list[str]:
-        """The kind of connection along each mesh axis, by its name in the cost model."""
-        kind = {"inline": "self", "threads": "threads"}.get(self.kind, "shm")
-        return [kind for _ in self.shape]
 
     @property
     def closed(self) -> bool:
@@ -87,6 +87,11 @@ class Mesh(ABC):
     def __repr__(self) -> str:
         axes = ", ".join(f"{name}={n}" for name, n in zip(self.names, self.shape, strict=True))
         return f"<mesh {axes}; {self.kind}, {self.size} workers on {len(set(self.nodes))} nodes>"
+
+
+def slowest_links(kinds: Sequence[Sequence[str]]) -> list[str]:
+    """Per mesh axis, the slowest kind of communicator that any rank has; kinds[rank][axis]."""
+    return [max(along, key=SLOWNESS.index) for along in zip(*kinds, strict=True)]
 
 
 def mesh_axes(workers: int, mesh: Mapping[str, int] | None = None) -> tuple[tuple[str, ...], tuple[int, ...]]:

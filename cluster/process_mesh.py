@@ -46,8 +46,8 @@ class ProcessMesh(Mesh):
     """Nothing is read or judged but while the driver sends or collects: it has no thread of its own."""
 
     def __init__(self, kind: str, names: tuple[str, ...], shape: tuple[int, ...], places: Sequence[Place],
-                 processes: Processes, heartbeat_timeout: float) -> None:
-        super().__init__(names, shape, [p.node for p in places], [p.device for p in places])
+                 links: list[str], processes: Processes, heartbeat_timeout: float) -> None:
+        super().__init__(names, shape, [p.node for p in places], [p.device for p in places], links)
         self.kind = kind
         self.places = list(places)
         self._processes = processes

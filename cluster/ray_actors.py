@@ -134,8 +134,7 @@ def check_slots(workers: int, bundle: dict[str, float], started: bool) -> None:
     slots = sum(min(floor(node.get(name, 0) / amount) for name, amount in bundle.items()) for node in nodes)
     if slots < workers:
         what = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
-        more = ("start Ray yourself with more slots than cores (ray.init(num_cpus=...)), " if started else
-                "add nodes to the cluster, ")
+        more = "" if started else "add nodes to the cluster, "
         raise MeshError(f"workers={workers}: each needs {what}, and this Ray has room for {slots} on "
                         f'{len(nodes)} nodes; use workers={max(slots, 1)}, {more}or use backend="local" for '
                         "threads of this process")

@@ -73,8 +73,8 @@ def sweep(lock: Path) -> None:
 def connect(address: str | None, workers: int = 0) -> RayConnection:
     """Use the Ray this process is connected to, start one (address None), or join the one at `address`.
 
-    One that is started here gets a slot for each of `workers`, even if the cores are fewer. Raises MeshError within
-    seconds if there is nothing at the address.
+    One that is started here gets a slot for each of `workers`, even if the cores are fewer. Raises MeshError
+    within seconds if there is nothing at the address.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if ray.is_initialized():
@@ -87,8 +87,9 @@ def _start(workers: int) -> RayConnection:
     directory = Directory()
     slots = workers if workers > len(os.sched_getaffinity(0)) else None     # None: what Ray counts
     try:
-        ray.init(address="local", num_cpus=slots, include_dashboard=False, log_to_driver=False,
-                 logging_level=logging.ERROR, object_store_memory=OBJECT_STORE_BYTES, _temp_dir=directory.path)
+        ray.init(address="local", num_cpus=slots, object_store_memory=OBJECT_STORE_BYTES,
+                 _temp_dir=directory.path, include_dashboard=False, log_to_driver=False,
+                 logging_level=logging.ERROR)
     except BaseException:
         RayConnection(started=True, joined=False, directory=directory).close()
         raise

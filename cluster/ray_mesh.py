@@ -13,7 +13,7 @@ import ray
 from meshtape.cluster.actor import Order, Site
 from meshtape.cluster.call_mesh import CallMesh
 from meshtape.cluster.channel import Channel, dial
-from meshtape.cluster.mesh import mesh_axes
+from meshtape.cluster.mesh import mesh_axes, slowest_links
 from meshtape.cluster.process_mesh import Place, ProcessMesh
 from meshtape.cluster.ray_actors import RayActors, alive_nodes
 from meshtape.cluster.ray_connect import connect
@@ -89,9 +89,10 @@ def join_by_sockets(names: tuple[str, ...], shape: tuple[int, ...], where: list[
 def join_by_calls(names: tuple[str, ...], shape: tuple[int, ...], where: list[Place], actors: RayActors,
                   assignments: list[Assignment], heartbeat_timeout: float) -> ProcessMesh:
     """Let each actor join its collectives; from then on it is called per batch."""
-    actors.get([handle.begin.remote(assignment)
-                for handle, assignment in zip(actors.handles, assignments, strict=True)], JOIN_SECONDS)
-    return CallMesh(names, shape, where, actors, heartbeat_timeout)
+    begun = [handle.begin.remote(assignment)
+             for handle, assignment in zip(actors.handles, assignments, strict=True)]
+    kinds = actors.get(begun, JOIN_SECONDS)
+    return CallMesh(names, shape, where, slowest_links(kinds), actors, heartbeat_timeout)
 
 
 def environment(workers: int, gpu: bool, threads: int | None) -> dict[str, str]:

@@ -91,7 +91,7 @@ class Guard:
             if poller.poll(BEAT_SECONDS * 1000):
                 return True
             channel.beat()
-        except (OSError, ValueError):       # ValueError: closed by the worker's own thread
+        except OSError:
             return True
         return False
 
@@ -113,15 +113,15 @@ def serve(listener: Listener, endpoint: Endpoint, assignment: Assignment, guard:
         communicators = join(endpoint, assignment)
         guard.will_abort(communicators)
         worker = make_worker(assignment.rank, assignment.mesh_shape, communicators, assignment.device)
-        channel.send(frame(READY, pack(None)))
+        channel.send(frame(READY, pack([communicator.kind for communicator in communicators])))
         answer(channel, worker, guard)
         worker.close()
-    except ConnectionError:
-        pass                # the driver is gone; the guard sees that as well
     except BaseException as error:
-        # A kernel's failure is part of a reply. What arrives here ends this worker, and the driver says why.
-        report(channel, f"it broke with {type(error).__name__}: {error}")
-        raise
+        # A kernel's failure is part of a reply. What arrives here ends this worker, and the driver says why,
+        # unless it is the driver that has gone.
+        if not guard.leaving.is_set() and not isinstance(error, ConnectionError):
+            report(channel, f"it broke with {type(error).__name__}: {error}")
+            raise
     finally:
         endpoint.close()
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from meshtape.cluster import wire
 from meshtape.cluster.channel import Channel
 from meshtape.cluster.health import BEAT_SECONDS
+from meshtape.cluster.mesh import slowest_links
 from meshtape.cluster.process_mesh import Place, Processes, ProcessMesh
 from meshtape.cluster.wire import Message
 from meshtape.runtime.errors import MeshError
@@ -22,9 +23,9 @@ class SocketMesh(ProcessMesh):
 
     def __init__(self, kind: str, names: tuple[str, ...], shape: tuple[int, ...], places: Sequence[Place],
                  channels: Sequence[Channel], processes: Processes, heartbeat_timeout: float = 4.0) -> None:
-        super().__init__(kind, names, shape, places, processes, heartbeat_timeout)
+        super().__init__(kind, names, shape, places, [], processes, heartbeat_timeout)
         self._channels = list(channels)
-        self._ready = 0
+        self._ready: list[list[str]] = []       # the kinds of the communicators of each rank that is ready
         self._rank_of = {channel.fileno(): rank for rank, channel in enumerate(channels)}
         self._poller = select.poll()
         for channel in channels:
@@ -33,12 +34,13 @@ class SocketMesh(ProcessMesh):
     def wait_until_ready(self, timeout: float) -> None:
         """Return when every worker has joined its collectives; MeshError after `timeout` seconds."""
         deadline = time.monotonic() + timeout
-        while self._ready < self.size:
+        while len(self._ready) < self.size:
             if time.monotonic() > deadline:
                 self.close()
-                raise MeshError(f"{self.size - self._ready} of {self.size} workers did not get ready within "
-                                f"{timeout:g} s; they may be unable to reach each other over the network")
+                raise MeshError(f"only {len(self._ready)} of {self.size} workers got ready within {timeout:g} s; "
+                                "they may be unable to reach each other over the network")
             self._pump(BEAT_SECONDS)
+        self.links = slowest_links(self._ready)
 
     def send(self, runs: Sequence[Run]) -> None:
         self._check_open()
@@ -102,7 +104,7 @@ class SocketMesh(ProcessMesh):
             case wire.REPLY:
                 self._replies.append(wire.reply_of(message))
             case wire.READY:
-                self._ready += 1
+                self._ready.append(message.head)
             case wire.BROKEN:
                 return str(message.head)
             case kind:

@@ -14,6 +14,7 @@ def test_a_mesh_echoes_arrays_reduces_along_its_axes_and_keeps_order(any_mesh, s
     mesh = any_mesh(4, {"data": 2, "model": 2})
     n = mesh.size
     assert (len(mesh.nodes), len(mesh.devices), mesh.names) == (n, n, ("data", "model"))
+    assert mesh.links == [{"inline": "self", "threads": "threads"}.get(mesh.kind, "shm")] * 2
 
     feeds = [[np.arange(6, dtype=np.float32).reshape(2, 3).T * r, None, np.array(r), np.zeros((0, 3))]
              for r in range(n)]

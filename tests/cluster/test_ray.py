@@ -1,6 +1,5 @@
 """Meshes of Ray actors: starting, joining, refusing, and leaving nothing behind."""
 
-import glob
 import os
 import signal
 import subprocess
@@ -26,6 +25,7 @@ launch._close_at_exit(mesh)
 mesh.send(standin.runs(2, "sum", feeds=[[np.ones(2)], [np.ones(2)]]))
 assert all(mesh.collect().values[0].sum() == 4 for _ in range(2))
 print(*(place.pid for place in mesh.places), flush=True)
+print(mesh._processes.connection._directory.path, flush=True)
 mesh.send(standin.runs(2, {then}))
 for _ in range(2):
     print(*(value.tolist() for value in mesh.collect().values))
@@ -42,10 +42,11 @@ def driver(tmp_path, standin, vanishes):
         path.write_text(DRIVER.format(then=then))
         environment = {**os.environ, "PYTHONPATH": os.path.dirname(standin.__file__)}
         process = subprocess.Popen([sys.executable, path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                   text=True, env=environment, start_new_session=True)
+                                   bufsize=0, env=environment, start_new_session=True)
         started.append(process)
         workers = [int(word) for word in process.stdout.readline().split()]
         assert len(workers) == 2
+        process.directory = process.stdout.readline().decode().strip()
         others = [child.pid for child in psutil.Process(process.pid).children(recursive=True)]
         return process, workers, {*workers, *others}
 
@@ -93,14 +94,13 @@ def total(mesh, standin):
 
 
 def test_a_program_that_ends_without_closing_is_quiet_and_leaves_nothing(driver, vanishes):
-    before = set(glob.glob("/tmp/meshtape-*"))
     process, _, family = driver('"where"')
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0 and err == ""
-    settings = out.splitlines()[0].split("] [")[1].strip("]").split(", ")
+    assert process.returncode == 0 and err == b""
+    settings = out.decode().splitlines()[0].split("] [")[1].strip("]").split(", ")
     assert len(set(settings)) == 1 and int(settings[0]) >= 1, "BLAS threads are set for every worker"
     assert all(vanishes(pid) for pid in family)
-    assert set(glob.glob("/tmp/meshtape-*")) <= before
+    assert not os.path.exists(process.directory)
 
 
 def test_ctrl_c_while_waiting_ends_the_program_and_its_workers(driver, vanishes):
@@ -108,7 +108,7 @@ def test_ctrl_c_while_waiting_ends_the_program_and_its_workers(driver, vanishes)
     os.killpg(process.pid, signal.SIGINT)       # the whole foreground group, as a terminal does
     _, err = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert err.rstrip().endswith("KeyboardInterrupt") and "raylet" not in err
+    assert err.rstrip().endswith(b"KeyboardInterrupt") and b"raylet" not in err
     assert all(vanishes(pid) for pid in family)
 
 
@@ -161,7 +161,7 @@ def test_an_address_without_a_ray_head_is_one_sentence(address, monkeypatch, tmp
 def test_two_nodes_meet_over_tcp_and_the_cluster_stays(join, standin, monkeypatch):
     monkeypatch.setenv("MESHTAPE_TRANSPORT", "tcp")
     with join(2) as mesh:
-        assert len(set(mesh.nodes)) == 2
+        assert len(set(mesh.nodes)) == 2 and mesh.links == ["tcp"]
         assert total(mesh, standin) == {3.0}
         sites = mesh._processes.sites
         assert all(isinstance(site.channel, tuple) for site in sites), "workers listen on TCP"
