@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from meshtape.runtime.dtypes import DEFAULT_FLOAT, AnyDType, canonical
-from meshtape.runtime.errors import GradError, MeshtapeError, SessionClosed, ShapeError
+from meshtape.runtime.dtypes import DEFAULT_FLOAT, AnyDType, canonical, kind
+from meshtape.runtime.errors import DTypeError, GradError, SessionClosed, ShapeError
 from meshtape.runtime.op import lookup
 from meshtape.runtime.shards import Placements, Shape
 from meshtape.scheduler import current
@@ -112,9 +112,16 @@ class Tensor:
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"grad: a {type(value).__name__} given; a gradient is a tensor of shape {self.shape}, "
+                            f"or None")
         if value is not None and value.shape != self.shape:
-            raise ShapeError(f"grad: shape {value.shape} given for a tensor of shape {self.shape}")
+            raise ShapeError(f"grad: shape {value.shape} given for a tensor of shape {self.shape}; make them equal")
         self._grad = value
+
+    @grad.deleter
+    def grad(self) -> None:
+        self._grad = None
 
     @property
     def grad_fn(self) -> Any:
@@ -150,6 +157,9 @@ class Tensor:
         return found if dtype is None else found.astype(dtype, copy=False)
 
     def __bool__(self) -> bool:
+        if self.size != 1:
+            raise ShapeError(f"bool(): a tensor of shape {self.shape} is not one value that is true or false; use "
+                             f".any() or .all()")
         return bool(self.item())
 
     def __int__(self) -> int:
@@ -235,6 +245,9 @@ class Tensor:
         if result.shape != self.shape:
             raise ShapeError(f"{what}: the result has shape {result.shape}, the tensor {self.shape}; "
                              f"in-place operations keep the shape")
+        if kind(result.dtype) > kind(self.dtype):
+            raise DTypeError(f"{what}: the result has dtype {result.dtype}, which a tensor of {self.dtype} cannot "
+                             f"hold; make the tensor of that dtype first, with astype")
         if result.dtype != self.dtype:
             result = result.astype(self.dtype)
         result = result.to_placements(self.spec.placements)
@@ -313,11 +326,12 @@ def to_array(data: Any, dtype: AnyDType, *, copy: bool) -> np.ndarray[Any, Any]:
         array = np.asarray(data)
     except ValueError as error:
         raise ShapeError(f"tensor(): the nested lists are ragged ({error}); make every row the same length") from error
+    if array.dtype.kind in "OUSM":
+        raise DTypeError(f"{type(data).__name__} data (NumPy's dtype {array.dtype}) is not numeric; give a number, an "
+                         f"array or nested lists of numbers")
     if wanted is None:
         wanted = canonical(array.dtype) if from_array or array.dtype.kind not in "fc" else (
             DEFAULT_FLOAT if array.dtype.kind == "f" else canonical("complex64"))
-    if array.dtype.kind in "OUS":
-        raise MeshtapeError(f"tensor(): {type(data).__name__} data of dtype {array.dtype} is not numeric")
     return np.array(array, dtype=wanted, order="C", copy=True if copy else None)
 
 

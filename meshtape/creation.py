@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import index
 from typing import Any
 
 from meshtape.autograd import Tensor, apply, as_tensor
@@ -32,8 +33,11 @@ def asarray(obj: Any, /, *, dtype: AnyDType = None, copy: bool | None = None) ->
 
 
 def shape_tuple(shape: int | tuple[int, ...] | list[int]) -> Shape:
-    """A shape as a tuple of ints; raises ShapeError on negative extents."""
-    out = (int(shape),) if isinstance(shape, int) else tuple(int(n) for n in shape)
+    """A shape as a tuple of ints; raises ShapeError on extents that are no integers, or negative."""
+    try:
+        out = tuple(index(n) for n in (shape if isinstance(shape, tuple | list) else (shape,)))
+    except TypeError as error:
+        raise ShapeError(f"shape {shape!r}: {error}; give whole numbers") from error
     if any(n < 0 for n in out):
         raise ShapeError(f"shape {out} has a negative extent")
     return out

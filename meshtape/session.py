@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
-
 from meshtape.runtime.errors import MeshError
 from meshtape.scheduler import current
 from meshtape.scheduler.session import Session
@@ -61,26 +59,32 @@ class MeshHandle:
 
 
 def init(workers: int | None = None, *, backend: str | None = None, mesh: Mapping[str, int] | None = None,
-         address: str | None = None, **options: Any) -> MeshHandle:
+         address: str | None = None, devices: str | None = None, threads_per_worker: int | None = None,
+         heartbeat_timeout: float = 4.0, channel: str = "socket", timeout: float = 300.0) -> MeshHandle:
     """Start the workers that hold this program's tensors, and make them the current mesh.
 
     init() or no call at all: one worker inside this process. init(workers=N): N Ray actors, on a Ray started
     here unless `address` names a cluster ("auto", "host:port"). init(workers=N, backend="local"): N threads.
-    `mesh` names the axes, e.g. {"data": 4, "model": 2}; default {"data": N}. Other options are those of
+    `mesh` names the axes, e.g. {"data": 4, "model": 2}; default {"data": N}. The other options are those of
     meshtape.cluster.launch.make_mesh. Raises MeshError: too few slots, no cluster at the address, or already
-    initialised.
+    initialised; then everything is as it was.
     """
     from meshtape.cluster.launch import make_mesh
     old = current.active
-    if old is not None and not old.closed:
-        if old.mesh.kind != "inline":
-            raise MeshError(f"init(): a mesh of {old.mesh.size} workers is running; call meshtape.shutdown() first")
+    if old is not None and (old.closed or old.mesh.closed):
+        old.close()
+        current.use(None)
+        old = None
+    if old is not None and old.mesh.kind != "inline":
+        raise MeshError(f"init(): a mesh of {old.mesh.size} workers is running; call meshtape.shutdown() first")
+    made = make_mesh(workers, backend=backend, mesh=None if mesh is None else dict(mesh), address=address,
+                     devices=devices, threads_per_worker=threads_per_worker, heartbeat_timeout=heartbeat_timeout,
+                     channel=channel, timeout=timeout)
+    if old is not None:
         if old.stats.batches or old.body:
             warnings.warn("init(): tensors made before init() stay with the worker in this process and cannot be "
                           "used with the new mesh", stacklevel=2)
         old.close()
-        current.use(None)
-    made = make_mesh(workers, backend=backend, mesh=None if mesh is None else dict(mesh), address=address, **options)
     return MeshHandle(current.use(Session(made)))
 
 

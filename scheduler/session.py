@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from threading import current_thread, get_ident
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from meshtape.cluster.mesh import Mesh
-from meshtape.runtime.errors import SessionClosed
+from meshtape.runtime.errors import MeshError, SessionClosed
 from meshtape.runtime.protocol import Fetch, Instr, Run
 from meshtape.runtime.shards import REPLICATE, Placements, is_partial, piece
 from meshtape.scheduler.body import Body, assemble
@@ -89,6 +90,7 @@ class Session:
         self.plans = self.planner.plans
         self.weak = {**self.specs.weak, Draw: self.specs.weak[int]}
         self.closed = False
+        self.thread = get_ident()           # the one thread that may use this session
         self.grad_enabled = True
         self.site: Site | None = None       # set while the tape or an optimizer records on the user's behalf
         self.seed = 0
@@ -118,6 +120,8 @@ class Session:
 
     def record(self, plan: Plan, inputs: Sequence[Any], site: Site) -> list[Block]:
         """Append a planned op. `inputs` are Blocks and Python scalars; returns the outputs' Blocks."""
+        if get_ident() != self.thread:
+            raise other_thread()
         slots, names, kind = self.slots, self.names, self.Block
         entry = [plan.number]
         if plan.before is not None:
@@ -238,6 +242,7 @@ class Session:
         """The same tensor under other placements."""
         if spec.placements == placements:
             return block, spec
+        self.check()
         made = self._new(self.planner.move(spec, placements), self._slot(block))
         return made, self.specs.get(spec.shape, spec.dtype, placements)
 
@@ -377,6 +382,8 @@ class Session:
     def check(self) -> None:
         if self.closed:
             raise SessionClosed("the mesh was shut down; call meshtape.init() again and make new tensors")
+        if get_ident() != self.thread:
+            raise other_thread()
 
     def close(self) -> None:
         """Let the workers go. Idempotent; tensors of this session cannot be used any more."""
@@ -384,6 +391,11 @@ class Session:
             self.closed = True
             self.freed.clear()
             self.mesh.close()
+
+
+def other_thread() -> MeshError:
+    return MeshError(f"tensors are used by one thread, the one that called init() or made the first tensor; "
+                     f"this is {current_thread().name!r}: give other threads NumPy arrays")
 
 
 class Slot(int):

@@ -62,8 +62,8 @@ def test_a_training_step_is_one_message_per_worker_and_a_digest_from_the_third_o
         assert session.stats.batches == len(found)
 
 
-OPTIMIZERS = {"SGD": optim.SGD, "momentum": lambda p, lr: optim.SGD(p, lr=lr, momentum=0.9), "Adam": optim.Adam,
-              "RMSprop": optim.RMSprop, "Adagrad": optim.Adagrad}
+OPTIMIZERS = {"SGD": optim.SGD, "momentum": lambda p, lr: optim.SGD(p, lr=lr, momentum=0.9),
+              "Adam": optim.Adam, "RMSprop": optim.RMSprop, "Adagrad": optim.Adagrad}
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
