@@ -37,9 +37,10 @@ def load(seed: int) -> Digits:
 
 
 def build(hidden: int) -> nn.Sequential:
-    """Two hidden layers."""
-    return nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, hidden // 2), nn.ReLU(),
-                         nn.Linear(hidden // 2, 10))
+    """Two hidden layers, the second half as wide."""
+    half = max(1, hidden // 2)
+    return nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, half), nn.ReLU(),
+                         nn.Linear(half, 10))
 
 
 def accuracy(model: nn.Module, images: mt.Tensor, labels: mt.Tensor) -> float:
@@ -119,7 +120,6 @@ def draw(losses: np.ndarray, scores: list[float], title: str, path: Path) -> Non
         axes.spines[["top", "right"]].set_visible(False)
         axes.title.set_size(11)
     figure.suptitle(title, fontsize=10, color=grey)
-    path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)
     pyplot.close(figure)
 
@@ -134,6 +134,10 @@ def main() -> None:
     parser.add_argument("--hidden", type=at_least_one, default=256, metavar="N", help="units of layer 1")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="where the picture goes")
     options = parser.parse_args()
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: {error}")
     started = time.perf_counter()
     start(options)
     mt.manual_seed(options.seed)
