@@ -37,8 +37,8 @@ class SocketMesh(ProcessMesh):
         while len(self._ready) < self.size:
             if time.monotonic() > deadline:
                 self.close()
-                raise MeshError(f"only {len(self._ready)} of {self.size} workers got ready within {timeout:g} s; "
-                                "they may be unable to reach each other over the network")
+                raise MeshError(f"{len(self._ready)} of {self.size} workers got ready within {timeout:g} s; "
+                                "the others may be unable to reach them over the network")
             self._pump(BEAT_SECONDS)
         self.links = slowest_links(self._ready)
 

@@ -79,6 +79,8 @@ def test_a_worker_that_dies_inside_a_collective_is_blamed_rather_than_its_peers(
     assert caught.value.rank == 1
 
 
+@pytest.mark.parametrize("mesh_of", ["processes", pytest.param("ray calls", marks=pytest.mark.ray)],
+                         indirect=True)
 def test_long_kernels_and_a_busy_driver_raise_no_false_alarm(mesh_of, standin):
     mesh = mesh_of(2, heartbeat_timeout=3.0)
     mesh.send(standin.runs(2, "spin", LONGER_THAN_THE_TIMEOUT))
