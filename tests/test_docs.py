@@ -30,9 +30,18 @@ def test_the_code_of_a_page_runs(page, tmp_path):
     script = tmp_path / f"{page.stem}.py"
     script.write_text(program(page))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MESHTAPE_")}
-    run = subprocess.run([sys.executable, script.name], cwd=tmp_path, env=environment, capture_output=True, text=True,
-                         timeout=110)
+    run = subprocess.run([sys.executable, script.name], cwd=tmp_path, env=environment, capture_output=True,
+                         text=True, timeout=110)
     assert run.returncode == 0, f"{page.relative_to(ROOT)}:\n{run.stderr}"
+
+
+def test_the_list_of_functions_is_complete():
+    from meshtape import contraction, creation, elementwise, manipulation, nn, random, reductions
+
+    rooms = (creation, elementwise, reductions, manipulation, contraction, random, nn.functional)
+    rows = [line for line in (ROOT / "docs/guide/ops.md").read_text().splitlines() if line.startswith("|")]
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    assert listed == {name for room in rooms for name in room.__all__}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
