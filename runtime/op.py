@@ -20,6 +20,8 @@ vjp          one function `(g, out, *inputs, **attrs) -> tensor | None` per inpu
              other rows, so that derivatives of derivatives work. For several outputs `g` and `out` are tuples.
 keeps        names of the kernel's parameters that the vjp reads, and "out" (or "out0", "out1"); everything else
              arrives as its Spec, which has shape and dtype but no values
+over         `(number of inputs, attrs) -> pairs (output, input)`: inputs that an output may be written over, when
+             nobody else reads them. Pointwise ops (with `elementwise`) need none.
 samples      `() -> list of Sample`: what the generic tests run
 """
 
@@ -94,6 +96,7 @@ class Op:
     keeps: str = ""
     samples: Callable[[], list[Sample]] | None = None
     n_out: int = 1
+    over: Callable[[int, dict[str, Any]], list[tuple[int, int]]] | None = None
     takes_out: bool = field(default=False, init=False)
     kept_inputs: tuple[int, ...] = field(default=(), init=False)
     kept_outputs: tuple[int, ...] = field(default=(), init=False)

@@ -1,4 +1,4 @@
-"""Compiling a batch's body for one worker: ops resolved, attributes made local, releases placed."""
+"""Compiling a batch's body for one worker: ops resolved, attributes made local, releases and reuses placed."""
 
 from __future__ import annotations
 
@@ -7,34 +7,46 @@ from typing import Any, NamedTuple
 
 from meshtape.runtime import moves
 from meshtape.runtime.dtypes import canonical
-from meshtape.runtime.op import IO, lookup
+from meshtape.runtime.op import IO, Op, lookup
 from meshtape.runtime.protocol import Instr, Program, TensorType
+from meshtape.runtime.reuse import Reuse, Sharing, reuses
 from meshtape.runtime.shards import Shape, piece
 
 
-class Step(NamedTuple):
-    """One call: `call(*arrays)` gives one array, or a sequence of them if `many`."""
+class Call(NamedTuple):
+    """What one instruction runs: `function(*arrays, **attrs)`, its op (None for moves and feeds), and the types
+    of a collective's inputs (empty otherwise). `many`: it returns a sequence of arrays."""
 
-    call: Callable[..., Any]
-    ins: tuple[int, ...]
-    outs: tuple[int, ...]
+    function: Callable[..., Any]
+    attrs: dict[str, Any]
+    op: Op | None
     many: bool
     dtypes: tuple[Any, ...]
+    shapes: tuple[Shape, ...]
+    meets: tuple[TensorType, ...]
+
+
+class Step(NamedTuple):
+    """One call in its place: operand slots (negative: scalars), slots to release after it, and which outputs may
+    be written over which inputs."""
+
+    call: Call
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
     release: tuple[int, ...]
-    feed: bool
-    op: str
-    meets: tuple[TensorType, ...]      # of a collective: the inputs' types; empty otherwise
+    reuse: Reuse
 
 
 class Compiled(NamedTuple):
     """A body ready to run: `external` slots are bound from the block table before the first step (`taken` ones
-    leave it), `kept` slots enter it after the last."""
+    leave it), `kept` slots enter it after the last, copied if `sharing` says so."""
 
     steps: tuple[Step, ...]
     n_slots: int
     external: tuple[int, ...]
-    taken: tuple[int, ...]
+    taken: frozenset[int]
     kept: tuple[int, ...]
+    sharing: Sharing
 
 
 class Site(NamedTuple):
@@ -54,64 +66,61 @@ def compile_program(program: Program, site: Site) -> Compiled:
     calls = [compile_instr(instr, site) for instr in program.instrs]
     dead = set(program.dead)
     made: set[int] = set()
-    external: list[int] = []
+    external: dict[int, None] = {}
     last: dict[int, int] = {}
     for at, (_, ins, outs) in enumerate(program.steps):
         for slot in ins:
             if slot >= 0:
-                if slot not in made and slot not in last:
-                    external.append(slot)
+                if slot not in made:
+                    external[slot] = None
                 last[slot] = at
         made.update(outs)
-        for slot in outs:
-            last.setdefault(slot, at)
+        last.update((slot, max(at, last.get(slot, at))) for slot in outs)
     release: list[list[int]] = [[] for _ in program.steps]
     for slot, at in last.items():
         if slot in dead:
             release[at].append(slot)
-    steps = tuple(
-        Step(calls[k][0], ins, outs, calls[k][1], calls[k][2], tuple(release[at]), program.instrs[k].op == "feed",
-             program.instrs[k].op,
-             tuple(t for t in program.instrs[k].ins if t is not None) if calls[k][3] else ())
-        for at, (k, ins, outs) in enumerate(program.steps))
-    return Compiled(steps, program.n_slots, tuple(external), tuple(s for s in external if s in dead),
-                    tuple(sorted(made - dead)))
+    taken = frozenset(s for s in external if s in dead)
+    kept = tuple(sorted(made - dead))
+    found, sharing = reuses([(calls[k], ins, outs) for k, ins, outs in program.steps], last, taken, kept,
+                           {s: shape for k, ins, _ in program.steps
+                            for s, shape in zip(ins, in_shapes(program.instrs[k], site), strict=True)})
+    steps = tuple(Step(calls[k], ins, outs, tuple(release[at]), found[at])
+                  for at, (k, ins, outs) in enumerate(program.steps))
+    return Compiled(steps, program.n_slots, tuple(external), taken, kept, sharing)
 
 
-def compile_instr(instr: Instr, site: Site) -> tuple[Callable[..., Any], bool, tuple[Any, ...], bool]:
-    """(call, gives many outputs, output dtypes, is a collective)."""
+def in_shapes(instr: Instr, site: Site) -> list[tuple[Shape, Any] | None]:
+    """Local shape and dtype of every input."""
+    return [None if t is None else (local_shape(t, site), canonical(t.dtype)) for t in instr.ins]
+
+
+def compile_instr(instr: Instr, site: Site) -> Call:
     dtypes = tuple(canonical(t.dtype) for t in instr.outs)
+    shapes = tuple(local_shape(t, site) for t in instr.outs)
+    meets = tuple(t for t in instr.ins if t is not None)
     xp = site.xp
     match instr.op:
         case "feed":
-            return xp.asarray, False, dtypes, False
+            return Call(xp.asarray, {}, None, False, dtypes, shapes, ())
         case "redistribute":
-            source = instr.ins[0]
-            assert source is not None
-            call = moves.compile_path(xp, source.shape, instr.attrs[0], site.mesh_shape, site.coord,
+            path = moves.compile_path(xp, meets[0].shape, instr.attrs[0], site.mesh_shape, site.coord,
                                       site.communicators)
-            return call, False, dtypes, True
+            return Call(path, {}, None, False, dtypes, shapes, meets)
         case "all_reduce_bucket":
             axis, combine = instr.attrs
-            shapes = [local_shape(t, site) for t in instr.outs]
-            return moves.compile_bucket(xp, shapes, combine, site.communicators[axis]), True, dtypes, True
+            run = moves.compile_bucket(xp, shapes, combine, site.communicators[axis])
+            return Call(run, {}, None, True, dtypes, shapes, meets)
     op = lookup(instr.op)
     attrs = op.unpack(instr.attrs)
-    io = IO(tuple(None if t is None else piece(t.shape, t.placements, site.mesh_shape, site.coord)
-                  for t in instr.ins),
-            tuple(piece(t.shape, t.placements, site.mesh_shape, site.coord) for t in instr.outs))
     if op.local is not None:
-        attrs = op.local(attrs, io)
-    return bind(op.kernel, xp, attrs), op.n_out != 1, dtypes, False
-
-
-def bind(kernel: Callable[..., Any], xp: Any, attrs: dict[str, Any]) -> Callable[..., Any]:
-    if not attrs:
-        return lambda *arrays: kernel(xp, *arrays)
-    return lambda *arrays: kernel(xp, *arrays, **attrs)
+        pieces = [None if t is None else piece(t.shape, t.placements, site.mesh_shape, site.coord)
+                  for t in instr.ins]
+        attrs = op.local(attrs, IO(tuple(pieces), tuple(
+            piece(t.shape, t.placements, site.mesh_shape, site.coord) for t in instr.outs)))
+    return Call(op.kernel, attrs, op, op.n_out != 1, dtypes, shapes, ())
 
 
 def placeholder(t: TensorType, site: Site) -> Any:
     """Zeros that stand in for a value that could not be computed, so that peers in a collective do not hang."""
     return site.xp.zeros(local_shape(t, site), canonical(t.dtype))
-

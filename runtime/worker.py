@@ -5,16 +5,17 @@ The same plain class runs in the driver's thread, in a thread of its own, and in
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 import meshtape.runtime.ops  # noqa: F401  fills the op table
+from meshtape.runtime.codegen import Code, failed_step, generate
 from meshtape.runtime.errors import CommError
 from meshtape.runtime.memory import keep_pages
 from meshtape.runtime.program import Compiled, Site, Step, compile_program, placeholder
-from meshtape.runtime.protocol import Failure, Reply, Run
+from meshtape.runtime.protocol import Failure, Fetch, Reply, Run
 from meshtape.runtime.shards import coordinate, is_owner
 
 
@@ -27,22 +28,33 @@ class Poison:
         self.failure = failure
 
 
+class Body:
+    """A program as this worker knows it: interpreted at first sight, a generated function from the second."""
+
+    def __init__(self, program: Compiled) -> None:
+        self.program = program
+        self.code: Code | None = None
+        self.convert = [False] * len(program.steps)
+
+
 class Worker:
     """Runs batches for one rank of a mesh, one communicator per mesh axis.
 
     A kernel that fails makes its outputs, and what is computed from them, Poison; the batch goes on, so that
-    the other ranks' collectives find a partner, and the failures travel back in the reply.
+    the other ranks' collectives find a partner, and the failures travel back in the reply. `generate=False`
+    interprets every batch, for comparison.
     """
 
     def __init__(self, rank: int, mesh_shape: Sequence[int], communicators: Sequence[Any],
-                 device: str = "cpu") -> None:
+                 device: str = "cpu", *, generate: bool = True) -> None:
         keep_pages()
         self.rank = rank
         self.site = Site(np, tuple(mesh_shape), coordinate(rank, mesh_shape), tuple(communicators))
         self.device = device
         self.blocks: dict[int, Any] = {}
-        self.programs: dict[bytes, Compiled] = {}
+        self.programs: dict[bytes, Body] = {}
         self.poisoned = 0
+        self.generate = generate
 
     def run(self, run: Run) -> Reply:
         """Run one batch and answer with its failures and the fetched slices this worker owns."""
@@ -53,72 +65,106 @@ class Worker:
         for digest in run.drop:
             self.programs.pop(digest, None)
         if run.program is not None:
-            self.programs[run.digest] = compile_program(run.program, self.site)
+            self.programs[run.digest] = Body(compile_program(run.program, self.site))
         failures: list[Failure] = []
         if run.digest:
             with np.errstate(all="ignore"):
                 self._execute(self.programs[run.digest], run, failures)
         return Reply(self.rank, run.batch, failures, [self._fetched(f) for f in run.fetch])
 
-    def _execute(self, program: Compiled, run: Run, failures: list[Failure]) -> None:
-        blocks, ids, scalars, feeds = self.blocks, run.ids, run.scalars, iter(run.feeds)
+    def _execute(self, body: Body, run: Run, failures: list[Failure]) -> None:
+        if body.code is None or self.poisoned:
+            slots = self._bind(body.program, run)
+            self._interpret(body, run, slots, 0, iter(run.feeds), failures)
+            if self.generate and body.code is None and not failures:
+                body.code = generate(body.program, self.site.xp, body.convert)
+            return
+        try:
+            body.code.run(self.blocks, run.ids, run.scalars, run.feeds)
+        except Exception as error:
+            # Whatever a kernel raises is the user's to see, at the driver, as a value.
+            at, values = failed_step(body.code, error.__traceback__)
+            slots = [values.get(slot) for slot in range(body.program.n_slots)]
+            step = body.program.steps[at]
+            self._fail(step, at, error, slots, run.batch, failures)
+            for slot in step.release:
+                slots[slot] = None
+            fed = sum(s.call.op is None and not s.call.meets for s in body.program.steps[:at + 1])
+            self._interpret(body, run, slots, at + 1, iter(run.feeds[fed:]), failures)
+
+    def _bind(self, program: Compiled, run: Run) -> list[Any]:
+        """All slots, the external ones filled from the block table."""
         slots: list[Any] = [None] * program.n_slots
         for slot in program.external:
-            slots[slot] = blocks[ids[slot]]
-        for slot in program.taken:
-            if type(blocks.pop(ids[slot])) is Poison:
+            name = run.ids[slot]
+            slots[slot] = self.blocks.pop(name) if slot in program.taken else self.blocks[name]
+            if slot in program.taken and type(slots[slot]) is Poison:
                 self.poisoned -= 1
-        for at, step in enumerate(program.steps):
-            if step.feed:
+        return slots
+
+    def _interpret(self, body: Body, run: Run, slots: list[Any], start: int, feeds: Iterator[Any],
+                   failures: list[Failure]) -> None:
+        """Steps from `start`, one by one."""
+        program = body.program
+        for at, step in enumerate(program.steps[start:], start):
+            if step.call.op is None and not step.call.meets:
                 args = [next(feeds)]
             else:
-                args = [slots[s] if s >= 0 else scalars[-1 - s] for s in step.ins]
+                args = [slots[s] if s >= 0 else run.scalars[-1 - s] for s in step.ins]
             if (self.poisoned or failures) and any(type(a) is Poison for a in args):
                 self._skip(step, args, slots)
             else:
-                self._call(step, at, args, slots, run.batch, failures)
+                self._call(body, step, at, args, slots, run.batch, failures)
             for slot in step.release:
                 slots[slot] = None
         for slot in program.kept:
-            value = blocks[ids[slot]] = slots[slot]
+            value = slots[slot]
             if type(value) is Poison:
                 self.poisoned += 1
+            elif slot in program.sharing.feeds or slot in program.sharing.views and value.base is not None:
+                value = self.site.xp.array(value)
+            self.blocks[run.ids[slot]] = value
 
-    def _call(self, step: Step, at: int, args: list[Any], slots: list[Any], batch: int,
+    def _call(self, body: Body, step: Step, at: int, args: list[Any], slots: list[Any], batch: int,
               failures: list[Failure]) -> None:
+        call = step.call
         try:
-            result = step.call(*args)
-            results = result if step.many else (result,)
-            for slot, dtype, value in zip(step.outs, step.dtypes, results, strict=True):
+            result = call.function(*args) if call.op is None else call.function(self.site.xp, *args, **call.attrs)
+            for slot, dtype, value in zip(step.outs, call.dtypes, result if call.many else (result,), strict=True):
                 if type(value) is not np.ndarray or value.dtype is not dtype:
+                    body.convert[at] = True
                     value = self.site.xp.asarray(value, dtype)
                 slots[slot] = value
         except Exception as error:
             # Whatever a kernel raises is the user's to see, at the driver, as a value.
-            kind = "CommError" if isinstance(error, CommError) else type(error).__name__
-            failure = Failure(batch, at, self.rank, kind, str(error))
-            failures.append(failure)
-            for slot in step.outs:
-                slots[slot] = Poison(failure)
+            self._fail(step, at, error, slots, batch, failures)
+
+    def _fail(self, step: Step, at: int, error: Exception, slots: list[Any], batch: int,
+              failures: list[Failure]) -> None:
+        kind = "CommError" if isinstance(error, CommError) else type(error).__name__
+        failure = Failure(batch, at, self.rank, kind, str(error))
+        failures.append(failure)
+        for slot in step.outs:
+            slots[slot] = Poison(failure)
 
     def _skip(self, step: Step, args: list[Any], slots: list[Any]) -> None:
-        """A step with a poisoned input: its outputs are poisoned; a collective still keeps its appointment."""
+        """A step with a poisoned input: outputs are poisoned; a collective still keeps its appointment."""
         poison = next(a for a in args if type(a) is Poison)
-        if step.meets:
-            step.call(*[placeholder(t, self.site) if type(a) is Poison else a
-                        for a, t in zip(args, step.meets, strict=True)])
+        if step.call.meets:
+            step.call.function(*[placeholder(t, self.site) if type(a) is Poison else a
+                                 for a, t in zip(args, step.call.meets, strict=True)])
         for slot in step.outs:
             slots[slot] = poison
 
-    def _fetched(self, fetch: Any) -> Any:
+    def _fetched(self, fetch: Fetch) -> Any:
         if not is_owner(fetch.type.placements, self.site.coord):
             return None
         value = self.blocks[fetch.id]
-        return None if type(value) is Poison else value
+        # A copy: the next batch may write over the block before the driver has read the reply.
+        return None if type(value) is Poison else self.site.xp.array(value)
 
     def close(self) -> None:
         self.blocks.clear()
         self.programs.clear()
         for comm in self.site.communicators:
             comm.close()
-

@@ -103,7 +103,8 @@ class Inflight:
         """A fetched tensor from its slices; addends of a Partial one are combined in rank order."""
         values = sorted((r.rank, r.values[k]) for r in replies if r.values[k] is not None)
         if len(values) == 1:
-            return np.array(values[0][1])
+            only: np.ndarray[Any, Any] = values[0][1]
+            return only
         whole: np.ndarray[Any, Any] = np.empty(kind.shape, values[0][1].dtype)
         out: Any = whole
         combine = next((COMBINE[p] for p in kind.placements if isinstance(p, str)), None)

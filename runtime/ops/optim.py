@@ -89,15 +89,17 @@ def _joined(xp: Any, tensors: Sequence[Any]) -> Any:
 
 
 def _update_all(xp: Any, tensors: Sequence[Any], n: int, groups: int,
-                update: Callable[[list[Any], list[Any]], None]) -> list[Any]:
+                update: Callable[[list[Any], list[Any]], None], out: Sequence[Any] | None) -> list[Any]:
     """Call `update(new, old)` on cache-sized flat blocks of every parameter and what belongs to it.
 
-    `old` is [parameter, gradient, *states], `new` is [parameter, *states]; they may share memory.
+    `old` is [parameter, gradient, *states], `new` is [parameter, *states]; they may share memory, as they do
+    where `out` names arrays to write to.
     """
     results: list[Any] = [None] * (groups - 1) * n
     for pack in _packs(tensors[:n]):
         old = [_joined(xp, [tensors[k + i * n] for k in pack]) for i in range(groups)]
-        new = [xp.empty_like(old[0]) for _ in range(groups - 1)]
+        new = [_target(xp, None if out is None or len(pack) > 1 else out[pack[0] + i * n], old[0])
+               for i in range(groups - 1)]
         for block in flat_blocks(xp, old[0].size):
             update([a[block] for a in new], [a[block] for a in old])
         at = 0
@@ -107,6 +109,22 @@ def _update_all(xp: Any, tensors: Sequence[Any], n: int, groups: int,
                 results[k + i * n] = a[at:at + p.size].reshape(p.shape).astype(p.dtype, copy=False)
             at += p.size
     return results
+
+
+def _target(xp: Any, given: Any, like: Any) -> Any:
+    """A flat array to write to: `given` itself if it is laid out flat and of the dtype that is computed in."""
+    if given is not None and given.flags.c_contiguous and given.dtype == like.dtype:
+        return given.reshape(-1)
+    return xp.empty_like(like)
+
+
+def _over(scalars: int, gradients: int) -> Callable[[int, dict[str, Any]], list[tuple[int, int]]]:
+    """A parameter's result may be written over the parameter, a state's over the state: all but gradients."""
+    def over(inputs: int, attrs: dict[str, Any]) -> list[tuple[int, int]]:
+        n = attrs["n"]
+        tensors = [k for k in range(inputs - scalars) if not n <= k < n * (1 + gradients)]
+        return [(out, scalars + k) for out, k in enumerate(tensors)]
+    return over
 
 
 class Scratch:
@@ -126,7 +144,7 @@ class Scratch:
 # --- SGD --------------------------------------------------------------------------------------------
 
 def _sgd(xp: Any, lr: float, momentum: float, dampening: float, weight_decay: float, *tensors: Any, n: int,
-         nesterov: bool, maximize: bool, has_momentum: bool) -> list[Any]:
+         nesterov: bool, maximize: bool, has_momentum: bool, out: Any = None) -> list[Any]:
     """On the first step torch's buffer is the gradient itself: a buffer of zeros and a dampening of 0."""
     scratch = Scratch(xp)
 
@@ -143,11 +161,11 @@ def _sgd(xp: Any, lr: float, momentum: float, dampening: float, weight_decay: fl
             g = xp.add(g, xp.multiply(buffer, momentum, out=t), out=scratch(1, p)) if nesterov else buffer
         xp.add(p, xp.multiply(g, -lr, out=t), out=new[0])
 
-    return _update_all(xp, tensors, n, 3 if has_momentum else 2, update)
+    return _update_all(xp, tensors, n, 3 if has_momentum else 2, update, out)
 
 
 sgd_update: Op = register(Op(
-    "sgd_update", kernel=_sgd,
+    "sgd_update", kernel=_sgd, over=_over(4, 1),
     attrs={"n": REQUIRED, "nesterov": False, "maximize": False, "has_momentum": False},
     **_columns("sgd_update", 4, lambda has_momentum, **attrs: int(has_momentum)),
     samples=lambda: [
@@ -161,7 +179,7 @@ sgd_update: Op = register(Op(
 # --- Adam and AdamW ---------------------------------------------------------------------------------
 
 def _adam(xp: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
-          *tensors: Any, n: int, decoupled: bool, amsgrad: bool, maximize: bool) -> list[Any]:
+          *tensors: Any, n: int, decoupled: bool, amsgrad: bool, maximize: bool, out: Any = None) -> list[Any]:
     """`step` counts from 1. With c = sqrt(1 - beta2**step), the update lr / (1 - beta1**step) * m / (sqrt(v)
     / c + eps) is computed as (lr * c / (1 - beta1**step)) * m / (sqrt(v) + eps * c): one pass less."""
     correction = sqrt(1 - beta2**step)
@@ -191,7 +209,7 @@ def _adam(xp: Any, lr: float, beta1: float, beta2: float, eps: float, weight_dec
         t *= rate
         xp.subtract(p, t, out=out)
 
-    return _update_all(xp, tensors, n, 5 if amsgrad else 4, update)
+    return _update_all(xp, tensors, n, 5 if amsgrad else 4, update, out)
 
 
 def _adam_samples() -> list[Sample]:
@@ -209,7 +227,7 @@ def _adam_samples() -> list[Sample]:
 
 
 adam_update: Op = register(Op(
-    "adam_update", kernel=_adam,
+    "adam_update", kernel=_adam, over=_over(6, 1),
     attrs={"n": REQUIRED, "decoupled": False, "amsgrad": False, "maximize": False},
     **_columns("adam_update", 6, lambda amsgrad, **attrs: 3 if amsgrad else 2), samples=_adam_samples))
 

@@ -121,7 +121,7 @@ FUNCTIONS = {name: getattr(np, name, None) for name in EXPRESSION_FUNCTIONS} | {
 @every_op
 def test_kernel_writes_into_out(op: Op) -> None:
     """Where the kernel takes `out`, the result is there; a pointwise one may even write over an input."""
-    if not op.takes_out:
+    if not op.takes_out or op.n_out != 1:
         return
     for case in cases(op):
         wanted = run_whole(case)
@@ -134,6 +134,23 @@ def test_kernel_writes_into_out(op: Op) -> None:
                     inputs = [y.copy() if j == i else y for j, y in enumerate(case.inputs)]
                     result = op.kernel(np, *inputs, **case.attrs, out=inputs[i])
                     assert_same([result], wanted, f"{op.name} over input {i}")
+
+
+@every_op
+def test_kernel_writes_over_the_inputs_it_names(op: Op) -> None:
+    """The column `over`: all its pairs at once, and bit for bit."""
+    if op.over is None:
+        return
+    for case in cases(op):
+        wanted = run_whole(case)
+        inputs = [x.copy() if isinstance(x, np.ndarray) else x for x in case.inputs]
+        out: list[Any] = [None] * len(wanted)
+        for result, operand in op.over(len(inputs), case.attrs):
+            out[result] = inputs[operand]
+        with np.errstate(all="ignore"):
+            found = op.kernel(np, *inputs, **case.attrs, out=tuple(out))
+        for got, want in zip(found, wanted, strict=True):
+            np.testing.assert_array_equal(got, want, err_msg=op.name)
 
 
 @every_op
