@@ -22,8 +22,8 @@ CURRENT_CLUSTER = Path("/tmp/ray/ray_current_cluster")
 OBJECT_STORE_BYTES = 80 * 2**20
 REACH_SECONDS = 3.0
 # For a Ray that is started here. Its workers are what the machine is for, so they need not yield to all else
-# (niceness 15 by default). Workers that it starts in advance lack the environment that ours need, and take the
-# processor from ours while they start: without them a mesh of 2 is up about a second earlier on 2 cores.
+# (niceness 15 by default). Workers that it starts in advance lack the environment that ours need, and compete
+# with ours for the processor: without them a mesh of 2 is up about a second earlier on 2 cores.
 SETTINGS = {"RAY_worker_niceness": "0", "RAY_prestart_worker_first_driver": "0"}
 # A directory younger than this may be about to be locked.
 SWEEP_AFTER_SECONDS = 60.0

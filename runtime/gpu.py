@@ -6,7 +6,7 @@ from __future__ import annotations
 def gpu_here() -> tuple[str, str]:
     """The name of the current CUDA device and "", or "" and the reason why there is none."""
     try:
-        import cupy
+        import cupy  # type: ignore[import-not-found]
     except ImportError as error:
         return "", f"cupy cannot be imported ({error})"
     if not cupy.cuda.is_available():

@@ -1,6 +1,7 @@
 """Meshes of Ray actors: starting, joining, refusing, and leaving nothing behind."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,10 +114,15 @@ def test_ctrl_c_while_waiting_ends_the_program_and_its_workers(driver, vanishes)
 
 
 def test_workers_do_not_outlive_a_killed_driver(driver, vanishes):
-    process, workers, _ = driver('"sleep", 600.0')
+    process, workers, family = driver('"sleep", 600.0')
+    agents = [psutil.Process(pid) for pid in family if pid not in workers]
     process.kill()
-    # Two agents of Ray's own stay for another minute, trying to report the loss of their raylet.
     assert all(vanishes(pid) for pid in workers)
+    # Two agents of Ray's own would stay for another minute, trying to report the loss of their raylet.
+    for agent in agents:
+        if agent.is_running():
+            agent.kill()
+    shutil.rmtree(process.directory)
 
 
 def test_directories_of_killed_drivers_are_swept(tmp_path, monkeypatch):
