@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from meshtape.runtime.dtypes import DEFAULT_FLOAT, AnyDType, canonical, kind
+from meshtape.runtime.dtypes import DEFAULT_FLOAT, NAMES, AnyDType, canonical, kind
 from meshtape.runtime.errors import DTypeError, GradError, SessionClosed, ShapeError
 from meshtape.runtime.op import lookup
 from meshtape.runtime.shards import Placements, Shape
 from meshtape.scheduler import current
-from meshtape.scheduler.layout import AnyLayout, Layout, Spec, parse_layout
+from meshtape.scheduler.layout import AnyLayout, Layout, Spec
 from meshtape.scheduler.session import Block, Session
 
 
@@ -183,7 +183,7 @@ class Tensor:
 
     def redistribute(self, layout: AnyLayout) -> Tensor:
         """The same values under another layout. Raises LayoutError."""
-        return self.to_placements(parse_layout(layout, self.spec.owner.axes, self.ndim))
+        return self.to_placements(self.spec.owner.placements(layout, self.ndim))
 
     def to_placements(self, placements: Placements) -> Tensor:
         if placements == self.spec.placements:
@@ -309,14 +309,18 @@ def as_tensor(data: Any, dtype: AnyDType = None, layout: AnyLayout | None = None
         return out if layout is None else out.redistribute(layout)
     session = current.active or current.session()
     array = to_array(data, dtype, copy=not owned)
-    placements = (session.axes.replicated if layout is None
-                  else parse_layout(layout, session.axes, array.ndim))
+    placements = session.axes.replicated if layout is None else session.specs.placements(layout, array.ndim)
     block, spec = session.place(array, placements)
     return make(block, spec, None)
 
 
+PLAIN = frozenset(NAMES.values())      # dtypes that need no conversion
+
+
 def to_array(data: Any, dtype: AnyDType, *, copy: bool) -> np.ndarray[Any, Any]:
     """A C-contiguous NumPy array of a supported dtype."""
+    if type(data) is np.ndarray and dtype is None and data.dtype in PLAIN and data.flags.c_contiguous:
+        return data.copy() if copy else data
     from_array = hasattr(data, "dtype") or hasattr(data, "__array__")
     wanted = None if dtype is None else canonical(dtype)
     if isinstance(data, list | tuple) and any(isinstance(x, Tensor) for x in data):

@@ -190,8 +190,18 @@ class Specs:
     def __init__(self, axes: Axes) -> None:
         self.axes = axes
         self._known: dict[Any, Spec] = {}
+        self._parsed: dict[Any, Placements] = {}
         none = axes.replicated
         self.weak = {t: Spec(self, (), t, none, True) for t in (bool, int, float, complex)}
+
+    def placements(self, layout: AnyLayout, ndim: int) -> Placements:
+        """parse_layout for this mesh; remembered for single placements, which every batch is fed with."""
+        if not isinstance(layout, Shard | Replicate | Partial):
+            return parse_layout(layout, self.axes, ndim)
+        found = self._parsed.get((layout, ndim))
+        if found is None:
+            found = self._parsed[layout, ndim] = parse_layout(layout, self.axes, ndim)
+        return found
 
     def get(self, shape: Shape, dtype: np.dtype[Any], placements: Placements) -> Spec:
         key = (shape, dtype, placements)

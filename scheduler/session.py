@@ -101,6 +101,7 @@ class Session:
         self.Block = block_type(self.freed.append)
         self._next_id = 0
         self._bodies: OrderedDict[Any, Body] = OrderedDict()
+        self._feed_numbers: dict[Spec, int] = {}
         self._drop: list[bytes] = []
         self._batch = 0
         self.inflight = Inflight(mesh)
@@ -250,7 +251,9 @@ class Session:
         """Hand an array to the workers; the session owns `array` from now on (no copy is made)."""
         self.check()
         spec = self.specs.get(array.shape, array.dtype, placements)
-        number = self.planner.number(Instr("feed", (), (), (spec.wire,)))
+        number = self._feed_numbers.get(spec)
+        if number is None:
+            number = self._feed_numbers[spec] = self.planner.number(Instr("feed", (), (), (spec.wire,)))
         self.feeds.append((array, placements))
         return self._new(number), spec
 
