@@ -25,7 +25,7 @@ from meshtape.nn.loss_functions import (
 )
 from meshtape.runtime.dtypes import AnyDType, canonical, is_floating
 from meshtape.runtime.errors import DTypeError, ShapeError
-from meshtape.runtime.op import lookup, normalize_axis
+from meshtape.runtime.op import broadcast_shapes, lookup, normalize_axis
 from meshtape.scheduler import current
 
 
@@ -222,44 +222,55 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
     """
     if is_causal and attn_mask is not None:
         raise ShapeError("scaled_dot_product_attention: give attn_mask or is_causal=True, not both")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"scaled_dot_product_attention: dropout_p is {dropout_p}; a probability lies "
+                         f"between 0 and 1")
+    mask = None if attn_mask is None else _attention_mask(attn_mask)
     if enable_gqa:
         key, value = (_repeat_heads(x, query.shape[-3]) for x in (key, value))
-    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+    query, key, value = _same_batch((query, key, value), () if mask is None else mask.shape[:-2])
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
+    if mask is not None and mask.requires_grad:
+        return _composed_attention(query, key, value, mask, dropout_p, scale)
+    draws = (0, 0)
+    if dropout_p:
+        session = current.session()
+        draws = (session.seed, session.draw())
+    return _call("attention", query, key, value, True if mask is None else mask, *draws, is_causal=is_causal,
+                 scale=scale, p=float(dropout_p))[0]
+
+
+def _attention_mask(given: Any) -> Tensor:
+    mask = _t(given)
+    if mask.dtype.kind != "b" and not is_floating(mask.dtype):
+        raise DTypeError(f"scaled_dot_product_attention: attn_mask has dtype {mask.dtype}; use a boolean "
+                         f"mask (true where a query may look) or a floating one (added to the scores)")
+    return mask
+
+
+def _same_batch(tensors: Sequence[Tensor], mask: tuple[int, ...]) -> list[Tensor]:
+    """The tensors with their leading dimensions stretched to what they and the mask have together."""
+    name = "scaled_dot_product_attention"
+    for x in tensors:
+        if x.ndim < 2:
+            raise ShapeError(f"{name}: query, key and value are (..., length, width), got {x.shape}")
+    batch = broadcast_shapes(name, *(x.shape[:-2] for x in tensors), mask)
+    return [x if x.shape[:-2] == batch else broadcast_to(x, (*batch, *x.shape[-2:])) for x in tensors]
+
+
+def _composed_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, dropout_p: float,
+                        scale: float) -> Tensor:
+    """Attention with an additive mask that wants a gradient, by elementary operations."""
     scores = _call("matmul", query, key, transpose_y=True) * scale
-    allowed = None
-    if is_causal:
-        allowed = _call("tril", _ones(scores.shape[-2:]), k=0)
-    elif attn_mask is not None:
-        mask = _t(attn_mask)
-        if mask.dtype.kind == "b":
-            allowed = mask
-        elif is_floating(mask.dtype):
-            scores = scores + (mask if mask.dtype == scores.dtype else mask.astype(scores.dtype))
-        else:
-            raise DTypeError(f"scaled_dot_product_attention: attn_mask has dtype {mask.dtype}; use a boolean "
-                             f"mask (true where a query may look) or a floating one (added to the scores)")
-    weights = _attention_weights(scores, allowed)
+    scores = scores + (mask if mask.dtype == scores.dtype else mask.astype(scores.dtype))
+    weights = _call("softmax", scores, axis=scores.ndim - 1)
     return _call("matmul", dropout(weights, dropout_p), value)
-
-
-def _attention_weights(scores: Tensor, allowed: Tensor | None) -> Tensor:
-    if allowed is None:
-        return _call("softmax", scores, axis=scores.ndim - 1)
-    # A finite floor instead of -inf: a row without any allowed place stays free of NaN, forward and backward.
-    floor = -3e4 if scores.dtype.name == "float16" else -1e30
-    weights = _call("softmax", where(allowed, scores, floor), axis=scores.ndim - 1)
-    return where(allowed, weights, 0.0)
-
-
-def _ones(shape: tuple[int, ...]) -> Tensor:
-    from meshtape.creation import full
-    return full(shape, True)
 
 
 def _repeat_heads(x: Tensor, heads: int) -> Tensor:
     """(..., H, S, E) with every head repeated side by side up to `heads`."""
     *batch, have, length, width = x.shape
-    if heads % have:
+    if not have or heads % have:
         raise ShapeError(f"scaled_dot_product_attention: {heads} query heads are no multiple of {have} "
                          f"key heads")
     if heads == have:

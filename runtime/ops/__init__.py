@@ -1,7 +1,9 @@
 """The rows of the op table, by topic. Importing this package fills meshtape.runtime.op.TABLE."""
 
 from meshtape.runtime.ops import activation as activation
+from meshtape.runtime.ops import attention as attention
 from meshtape.runtime.ops import contraction as contraction
+from meshtape.runtime.ops import conv as conv
 from meshtape.runtime.ops import create as create
 from meshtape.runtime.ops import einsum as einsum
 from meshtape.runtime.ops import embedding as embedding
