@@ -1,0 +1,272 @@
+"""Convolution over any number of spatial dimensions, and its two derivatives, which are convolutions again.
+
+x is (samples N, channels C, *spatial), w is (outputs O, C / groups, *kernel), the result (N, O, *windows):
+
+    y[n, o, p] = sum over c, t of w[o, c, t] * x[n, c, p * stride + t * dilation - padding]
+
+(a cross-correlation, as everywhere in deep learning). All three rows are bilinear. The kernels gather windows
+into a matrix ("im2col") block by block, so that the matrix stays in cache, and multiply once per block;
+docs/decisions/0003-convolution.md says what was measured.
+
+Samples, input and output channels may be split: a split sum over the channels, or over the samples in a weight's
+gradient, is Partial. With groups, the groups may be split. Spatial dimensions are never split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import numpy as np
+
+from meshtape.runtime.errors import ShapeError
+from meshtape.runtime.op import IO, REQUIRED, Axes, Op, Sample, register
+from meshtape.runtime.ops.contraction import widen
+from meshtape.runtime.ops.reduce import sum_
+from meshtape.runtime.ops.rules import COMPLEX, floated
+from meshtape.runtime.ops.windows import Pairs, blocks, counts, padded, span, tap_slices, unpadded, windows
+from meshtape.runtime.shards import Shape
+
+Attrs = dict[str, Any]
+
+GEOMETRY: Attrs = {"stride": REQUIRED, "padding": REQUIRED, "dilation": REQUIRED, "groups": 1}
+GATHERED = 1 << 18      # elements of the window matrix: 1 MB of float32, a core's second-level cache
+GATHERED_DEVICE = 1 << 26
+
+
+def gathered(xp: Any) -> int:
+    return GATHERED if xp is np else GATHERED_DEVICE
+
+
+# --- shapes, letters ------------------------------------------------------------------------------------
+
+def check_channels(name: str, channels: int, w: Shape, groups: int) -> None:
+    if groups < 1 or channels % groups or w[0] % groups or w[1] * groups != channels:
+        raise ShapeError(f"{name}: {channels} input channels in {groups} groups need a weight of shape (outputs, "
+                         f"{channels} / {groups}, *kernel) with outputs a multiple of {groups}, got {w}")
+
+
+def check_ranks(name: str, x: Shape, w: Shape) -> None:
+    if len(x) < 3 or len(w) != len(x):
+        raise ShapeError(f"{name}: needs (samples, channels, *spatial) and a weight (outputs, channels, *kernel) of "
+                         f"as many dimensions, got {x} and {w}")
+
+
+def _conv_shape(x: Shape, w: Shape, *bias: Shape, groups: int, **geometry: Any) -> list[Shape]:
+    check_ranks("conv", x, w)
+    check_channels("conv", x[1], w, groups)
+    if bias and bias[0] != w[:1]:
+        raise ShapeError(f"conv: bias must be {w[:1]} for a weight of shape {w}, got {bias[0]}")
+    return [(x[0], w[0], *counts("conv", x[2:], w[2:], **geometry))]
+
+
+def _input_grad_shape(g: Shape, w: Shape, size: Shape, groups: int, **geometry: Any) -> list[Shape]:
+    check_ranks("conv_input_grad", g, w)
+    needed = _conv_shape((g[0], w[1] * groups, *size), w, groups=groups, **geometry)[0]
+    if g != needed:
+        raise ShapeError(f"conv_input_grad: for an input of spatial size {tuple(size)} and the weight {w} the "
+                         f"gradient is {needed}, got {g}")
+    return [(g[0], w[1] * groups, *size)]
+
+
+def _weight_grad_shape(g: Shape, x: Shape, kernel: Shape, groups: int, **geometry: Any) -> list[Shape]:
+    check_ranks("conv_weight_grad", x, g)
+    w = (g[1], x[1] // max(1, groups), *kernel)
+    needed = _conv_shape(x, w, groups=groups, **geometry)[0]
+    if g != needed:
+        raise ShapeError(f"conv_weight_grad: for the input {x} and a kernel of {tuple(kernel)} the gradient is "
+                         f"{needed}, got {g}")
+    return [w]
+
+
+def _letters(ndim: int, groups: int) -> tuple[str, str, str, dict[str, int]]:
+    """Letters of x, w and y, and `even`: a split of the groups gives each worker whole groups."""
+    rest = "." * (ndim - 2)
+    if groups == 1:
+        return "nc" + rest, "oc" + rest, "no" + rest, {}
+    return "ng" + rest, "g." + rest, "ng" + rest, {"g": groups}
+
+
+def _conv_axes(x: Shape, w: Shape, *bias: Shape, groups: int, **geometry: Any) -> Axes:
+    left, right, out, even = _letters(len(x), groups)
+    return Axes((left, right, *(right[0] for _ in bias)), (out,), even=even, additive=(2,) if bias else ())
+
+
+def _input_grad_axes(g: Shape, w: Shape, groups: int, **attrs: Any) -> Axes:
+    left, right, out, even = _letters(len(g), groups)
+    return Axes((out, right), (left,), even=even)
+
+
+def _weight_grad_axes(g: Shape, x: Shape, groups: int, **attrs: Any) -> Axes:
+    left, right, out, even = _letters(len(x), groups)
+    return Axes((out, left), (right,), even=even)
+
+
+def _own_groups(weight: Callable[[IO], Any]) -> Callable[[Attrs, IO], Attrs]:
+    """The groups of which this worker holds the weights."""
+    def local(attrs: Attrs, io: IO) -> Attrs:
+        piece = weight(io)
+        if attrs["groups"] == 1 or not piece.whole[0]:
+            return attrs
+        return {**attrs, "groups": attrs["groups"] * piece.shape[0] // piece.whole[0]}
+    return local
+
+
+# --- kernels --------------------------------------------------------------------------------------------
+
+def _grouped(w: Any, groups: int) -> Any:
+    """The weight as (groups, outputs of a group, taps of a group's channels)."""
+    return w.reshape(groups, w.shape[0] // max(1, groups), prod(w.shape[1:]))
+
+
+def _correlate(xp: Any, x: Any, w: Any, bias: Any, stride: Shape, padding: Pairs, dilation: Shape,
+               groups: int) -> Any:
+    dtype, kernel = x.dtype, w.shape[2:]
+    count = counts("conv", x.shape[2:], kernel, stride, padding, dilation)
+    x, filters = padded(xp, widen(x), padding), _grouped(widen(w), groups)
+    out = xp.empty((len(x), len(w), *count), dtype)
+    columns = WindowMatrix(xp, x, kernel, stride, dilation, count, groups)
+    for samples, rows in columns.blocks():
+        product = xp.matmul(filters, columns.take(samples, rows))
+        product = product.reshape(len(w), samples.stop - samples.start, rows.stop - rows.start, *count[1:])
+        if bias is not None:
+            product += widen(bias).reshape(-1, *(1,) * (len(count) + 1))
+        out[samples, :, rows] = product.swapaxes(0, 1)
+    return out
+
+
+class WindowMatrix:
+    """Windows of a padded x, gathered block by block into one buffer as (groups, taps, windows)."""
+
+    def __init__(self, xp: Any, x: Any, kernel: Shape, stride: Shape, dilation: Shape, count: Shape,
+                 groups: int) -> None:
+        self.view = windows(xp, x, kernel, stride, dilation, count)
+        self.lead = (slice(None),) * (1 + len(kernel))
+        self.groups, self.taps = groups, x.shape[1] // max(1, groups) * prod(kernel)
+        self.samples, self.count = len(x), count
+        self.limit = gathered(xp)
+        per_row = self.taps * groups * prod(count[1:])
+        self.buffer = xp.empty(max(per_row, min(self.limit, per_row * count[0] * len(x))), x.dtype)
+
+    def blocks(self) -> Any:
+        return blocks(self.samples, self.count, self.taps * self.groups, self.limit)
+
+    def take(self, samples: slice, rows: slice) -> Any:
+        block = self.view[(*self.lead, samples, rows)]
+        held = self.buffer[:block.size].reshape(block.shape)
+        held[...] = block
+        width = (samples.stop - samples.start) * (rows.stop - rows.start) * prod(self.count[1:])
+        return held.reshape(self.groups, self.taps, width)
+
+
+def _grad_columns(g: Any, samples: slice, rows: slice, groups: int) -> Any:
+    """A block of an output's gradient as (groups, outputs of a group, windows)."""
+    block = g[samples, :, rows].swapaxes(0, 1)
+    return block.reshape(groups, len(block) // max(1, groups), prod(block.shape[1:]))
+
+
+def _conv(xp: Any, x: Any, w: Any, stride: Shape, padding: Pairs, dilation: Shape, groups: int) -> Any:
+    return _correlate(xp, x, w, None, stride, padding, dilation, groups)
+
+
+def _conv_bias(xp: Any, x: Any, w: Any, b: Any, stride: Shape, padding: Pairs, dilation: Shape,
+               groups: int) -> Any:
+    return _correlate(xp, x, w, b, stride, padding, dilation, groups)
+
+
+def _conv_input_grad(xp: Any, g: Any, w: Any, size: Shape, stride: Shape, padding: Pairs, dilation: Shape,
+                     groups: int) -> Any:
+    """Each window's product with the weight, added where the window's taps lie ("col2im")."""
+    dtype, kernel, count = g.dtype, w.shape[2:], g.shape[2:]
+    g, filters = widen(g), _grouped(widen(w), groups).swapaxes(1, 2)
+    channels = w.shape[1] * groups
+    out = xp.zeros((len(g), channels, *(n + lo + hi for n, (lo, hi) in zip(size, padding, strict=True))), g.dtype)
+    for samples, rows in blocks(len(g), count, channels * prod(kernel), gathered(xp)):
+        taken = (samples.stop - samples.start, rows.stop - rows.start, *count[1:])
+        columns = xp.matmul(filters, _grad_columns(g, samples, rows, groups)).reshape(channels, *kernel, *taken)
+        target = out[samples]
+        for tap, where in tap_slices(kernel, stride, dilation, taken[1:], rows.start):
+            target[(..., *where)] += columns[(slice(None), *tap)].swapaxes(0, 1)
+    return unpadded(out, padding).astype(dtype, copy=False)
+
+
+def _conv_weight_grad(xp: Any, g: Any, x: Any, kernel: Shape, stride: Shape, padding: Pairs, dilation: Shape,
+                      groups: int) -> Any:
+    dtype, count = g.dtype, g.shape[2:]
+    g, x = widen(g), padded(xp, widen(x), padding)
+    outputs, channels = g.shape[1] // max(1, groups), x.shape[1] // max(1, groups)
+    total = xp.zeros((groups, outputs, channels * prod(kernel)), g.dtype)
+    columns = WindowMatrix(xp, x, kernel, stride, dilation, count, groups)
+    for samples, rows in columns.blocks():
+        gradient = _grad_columns(g, samples, rows, groups)
+        total += xp.matmul(gradient, columns.take(samples, rows).swapaxes(1, 2))
+    return total.reshape(groups * outputs, channels, *kernel).astype(dtype, copy=False)
+
+
+# --- rows -----------------------------------------------------------------------------------------------
+
+def _by_x(g: Any, out: Any, x: Any, w: Any, *bias: Any, **attrs: Any) -> Any:
+    return conv_input_grad(g, w, size=tuple(x.shape[2:]), **attrs)
+
+
+def _by_w(g: Any, out: Any, x: Any, w: Any, *bias: Any, **attrs: Any) -> Any:
+    return conv_weight_grad(g, x, kernel=tuple(w.shape[2:]), **attrs)
+
+
+def _by_bias(g: Any, out: Any, *inputs: Any, **attrs: Any) -> Any:
+    return sum_(g, axis=(0, *range(2, g.ndim)))
+
+
+_CASES: tuple[tuple[Shape, Shape, Attrs], ...] = (
+    ((2, 3, 5, 6), (4, 3, 3, 2), {}), ((3, 2, 7), (2, 2, 3), {"stride": (2,), "padding": ((2, 1),)}),
+    ((2, 4, 5, 5), (6, 2, 3, 3), {"padding": ((1, 1), (1, 1)), "groups": 2}),
+    ((1, 2, 6, 5), (3, 2, 2, 2), {"stride": (3, 2), "padding": ((0, 1), (2, 0)), "dilation": (2, 3)}),
+    ((2, 6, 4), (6, 1, 2), {"groups": 6, "dilation": (2,)}), ((0, 2, 3), (1, 2, 2), {}),
+    ((2, 3, 4, 4), (2, 3, 1, 1), {"stride": (2, 1)}), ((2, 1, 3, 3, 2), (2, 1, 2, 2, 1), {}))
+
+
+def _geometry(x: Shape, given: Attrs) -> Attrs:
+    d = len(x) - 2
+    return {"stride": (1,) * d, "padding": ((0, 0),) * d, "dilation": (1,) * d, "groups": 1, **given}
+
+
+def _cases() -> list[tuple[Shape, Shape, Shape, Attrs]]:
+    """Shapes of x, w and y, and attrs."""
+    found = []
+    for x, w, given in _CASES:
+        attrs = _geometry(x, given)
+        found.append((x, w, _conv_shape(x, w, **attrs)[0], attrs))
+    return found
+
+
+conv: Op = register(Op(
+    "conv", kernel=_conv, attrs=GEOMETRY, shape=_conv_shape, dtype=floated(COMPLEX)("conv"), axes=_conv_axes,
+    linear=((0,), (1,)), local=_own_groups(lambda io: io.ins[1]), keeps="x w", vjp=(_by_x, _by_w),
+    samples=lambda: [Sample((x, w), attrs) for x, w, _, attrs in _cases()]))
+conv_bias: Op = register(Op(
+    "conv_bias", kernel=_conv_bias, attrs=GEOMETRY, shape=_conv_shape, dtype=floated(COMPLEX)("conv_bias"),
+    axes=_conv_axes, linear=((0, 2), (1, 2)), local=_own_groups(lambda io: io.ins[1]), keeps="x w",
+    vjp=(_by_x, _by_w, _by_bias),
+    samples=lambda: [Sample((x, w, w[:1]), attrs) for x, w, _, attrs in _cases()]))
+conv_input_grad: Op = register(Op(
+    "conv_input_grad", kernel=_conv_input_grad, attrs={"size": REQUIRED, **GEOMETRY}, shape=_input_grad_shape,
+    dtype=floated(COMPLEX)("conv_input_grad"), axes=_input_grad_axes, linear=((0,), (1,)),
+    local=_own_groups(lambda io: io.ins[1]), keeps="g w",
+    vjp=(lambda u, out, g, w, size, **attrs: conv(u, w, **attrs),
+         lambda u, out, g, w, size, **attrs: conv_weight_grad(g, u, kernel=tuple(w.shape[2:]), **attrs)),
+    samples=lambda: [Sample((y, w), {"size": x[2:], **attrs}) for x, w, y, attrs in _cases()]))
+conv_weight_grad: Op = register(Op(
+    "conv_weight_grad", kernel=_conv_weight_grad, attrs={"kernel": REQUIRED, **GEOMETRY},
+    shape=_weight_grad_shape, dtype=floated(COMPLEX)("conv_weight_grad"), axes=_weight_grad_axes,
+    linear=((0,), (1,)), local=_own_groups(lambda io: io.outs[0]), keeps="g x",
+    vjp=(lambda u, out, g, x, kernel, **attrs: conv(x, u, **attrs),
+         lambda u, out, g, x, kernel, **attrs: conv_input_grad(g, u, size=tuple(x.shape[2:]), **attrs)),
+    samples=lambda: [Sample((y, x), {"kernel": w[2:], **attrs}) for x, w, y, attrs in _cases()]))
+
+
+def transposed_size(size: Shape, kernel: Shape, stride: Shape, padding: Pairs, dilation: Shape,
+                    extra: Shape) -> Shape:
+    """Spatial size of a transposed convolution: the largest input that gives `size`, and `extra` elements."""
+    return tuple((n - 1) * s - lo - hi + span(k, apart) + more for n, k, s, (lo, hi), apart, more
+                 in zip(size, kernel, stride, padding, dilation, extra, strict=True))

@@ -1,0 +1,100 @@
+"""A kernel that slides over the spatial dimensions: the geometry that convolution and pooling share.
+
+Arrays are (samples, channels, *spatial). Per spatial dimension of `n` elements, with a kernel of `k` taps that
+lie `dilation` apart, windows start every `stride` elements of the padded dimension.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from math import prod
+from typing import Any
+
+from meshtape.runtime.errors import ShapeError
+from meshtape.runtime.shards import Shape
+
+Pairs = tuple[tuple[int, int], ...]
+
+
+def check_geometry(name: str, size: Shape, kernel: Shape, stride: Shape, padding: Sequence[Any],
+                   dilation: Shape) -> None:
+    """Raises ShapeError unless there is one positive number (or pair of widths) per spatial dimension."""
+    for what, given, least in (("kernel", kernel, 1), ("stride", stride, 1), ("dilation", dilation, 1)):
+        if len(given) != len(size) or any(n < least for n in given):
+            raise ShapeError(f"{name}: {what} {tuple(given)} needs {len(size)} numbers of at least {least}, one "
+                             f"for each spatial dimension of {tuple(size)}")
+    if len(padding) != len(size) or any(n < 0 for pair in padding for n in pair):
+        raise ShapeError(f"{name}: padding {tuple(padding)} needs {len(size)} pairs (before, after) of at least "
+                         f"0, one for each spatial dimension of {tuple(size)}")
+
+
+def span(kernel: int, dilation: int) -> int:
+    """Elements from a window's first to its last tap."""
+    return dilation * (kernel - 1) + 1
+
+
+def counts(name: str, size: Shape, kernel: Shape, stride: Shape, padding: Pairs, dilation: Shape) -> Shape:
+    """How many windows lie within each padded dimension; raises ShapeError where there is no room for one."""
+    check_geometry(name, size, kernel, stride, padding, dilation)
+    found = []
+    for d, (n, k, s, (lo, hi), apart) in enumerate(zip(size, kernel, stride, padding, dilation, strict=True)):
+        if n + lo + hi < span(k, apart):
+            raise ShapeError(f"{name}: a kernel of {k} taps with dilation {apart} spans {span(k, apart)} elements, "
+                             f"spatial dimension {d} has {n} and {lo} + {hi} of padding; use more padding or a "
+                             f"smaller kernel")
+        found.append((n + lo + hi - span(k, apart)) // s + 1)
+    return tuple(found)
+
+
+def padded(xp: Any, x: Any, padding: Pairs) -> Any:
+    """`x` with zeros around its spatial dimensions."""
+    if not any(lo or hi for lo, hi in padding):
+        return x
+    out = xp.zeros((*x.shape[:2], *(n + lo + hi for n, (lo, hi) in zip(x.shape[2:], padding, strict=True))),
+                   x.dtype)
+    unpadded(out, padding)[...] = x
+    return out
+
+
+def unpadded(x: Any, padding: Pairs) -> Any:
+    """The part of a padded array that is not padding, as a view."""
+    return x[(..., *(slice(lo, n - hi) for n, (lo, hi) in zip(x.shape[2:], padding, strict=True)))]
+
+
+def windows(xp: Any, x: Any, kernel: Shape, stride: Shape, dilation: Shape, count: Shape) -> Any:
+    """The windows of a padded `x` as a view (channels, *kernel, samples, *count)."""
+    sample, channel, *steps = x.strides
+    taps = [step * apart for step, apart in zip(steps, dilation, strict=True)]
+    moves = [step * s for step, s in zip(steps, stride, strict=True)]
+    return xp.lib.stride_tricks.as_strided(x, (x.shape[1], *kernel, x.shape[0], *count),
+                                           (channel, *taps, sample, *moves))
+
+
+def tap_slices(kernel: Shape, stride: Shape, dilation: Shape, count: Shape,
+               first: int = 0) -> Iterator[tuple[Shape, tuple[slice, ...]]]:
+    """For each tap, the elements of the padded dimensions that it meets, window after window.
+
+    `first` is the number of the first window along the first spatial dimension.
+    """
+    skipped = (first,) + (0,) * (len(count) - 1)
+    for tap in product(*(range(k) for k in kernel)):
+        yield tap, tuple(slice(t * apart + f * s, t * apart + (f + n - 1) * s + 1, s) if n else slice(0, 0)
+                         for t, apart, s, n, f in zip(tap, dilation, stride, count, skipped, strict=True))
+
+
+def blocks(samples: int, count: Shape, per_window: int, limit: int) -> Iterator[tuple[slice, slice]]:
+    """Runs of samples, and of windows along the first spatial dimension, that hold at most `limit` elements.
+
+    `per_window` is what one window position needs. A block is several whole samples, or some rows of one.
+    """
+    per_row = per_window * prod(count[1:])
+    rows = max(1, limit // max(1, per_row))
+    if rows < count[0]:
+        for at in range(samples):
+            for row in range(0, count[0], rows):
+                yield slice(at, at + 1), slice(row, min(row + rows, count[0]))
+        return
+    step = max(1, limit // max(1, per_row * count[0]))
+    for at in range(0, samples, step):
+        yield slice(at, min(at + step, samples)), slice(0, count[0])
