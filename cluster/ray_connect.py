@@ -6,11 +6,15 @@ import fcntl
 import logging
 import os
 import shutil
+import signal
 import socket
 import tempfile
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 
 import ray
 
@@ -93,13 +97,39 @@ def _start(workers: int) -> RayConnection:
         os.environ.setdefault(name, value)
     slots = workers if workers > len(os.sched_getaffinity(0)) else None     # None: what Ray counts
     try:
-        ray.init(address="local", num_cpus=slots, object_store_memory=OBJECT_STORE_BYTES,
-                 _temp_dir=directory.path, include_dashboard=False, log_to_driver=False,
-                 logging_level=logging.ERROR)
+        with interrupts_deferred():
+            ray.init(address="local", num_cpus=slots, object_store_memory=OBJECT_STORE_BYTES,
+                     _temp_dir=directory.path, include_dashboard=False, log_to_driver=False,
+                     logging_level=logging.ERROR)
     except BaseException:
         RayConnection(started=True, joined=False, directory=directory).close()
         raise
     return RayConnection(started=True, joined=False, directory=directory)
+
+
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """A first Ctrl-C takes effect when the block is done, a second at once.
+
+    A ray.init() that is interrupted half-way leaves processes that ray.shutdown() does not know of.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    usual = signal.getsignal(signal.SIGINT)
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        signal.signal(signal.SIGINT, usual)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+    if noted:
+        signal.raise_signal(signal.SIGINT)
 
 
 def _join(address: str) -> RayConnection:

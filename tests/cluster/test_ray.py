@@ -125,6 +125,19 @@ def test_workers_do_not_outlive_a_killed_driver(driver, vanishes):
     shutil.rmtree(process.directory)
 
 
+def test_ctrl_c_while_ray_starts_takes_effect_when_it_has_started():
+    done = []
+    with pytest.raises(KeyboardInterrupt), ray_connect.interrupts_deferred():
+        signal.raise_signal(signal.SIGINT)
+        done.append(True)
+    assert done and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises(KeyboardInterrupt), ray_connect.interrupts_deferred():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        done.append(True)
+    assert len(done) == 1
+
+
 def test_directories_of_killed_drivers_are_swept(tmp_path, monkeypatch):
     living, killed = (ray_connect.Directory(str(tmp_path)) for _ in range(2))
     killed._lock.close()
