@@ -140,7 +140,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
 
 def test_what_a_checkpoint_cannot_hold_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "c"
-    wrong: list[tuple[Any, str]] = [({"f": {"g": print}}, "f.g is a builtin"),
+    wrong: list[tuple[Any, str]] = [({"f": {"g": len}}, "f.g is a builtin"),
                                     ({"s": np.array(["x"])}, "dtype <U1"),
                                     ([1, 2], "a checkpoint is a dict"), ({(1, 2): 3}, "key"),
                                     (mt.ones(2), "dict")]
