@@ -8,7 +8,7 @@ from typing import Any
 from meshtape.autograd import Tensor, apply, as_tensor
 from meshtape.manipulation import permute_dims, reshape
 from meshtape.runtime.errors import ShapeError
-from meshtape.runtime.op import lookup, normalize_axis
+from meshtape.runtime.op import integers, lookup, normalize_axis
 
 
 def _t(x: Any) -> Tensor:
@@ -18,20 +18,20 @@ def _t(x: Any) -> Tensor:
 def matmul(x1: Any, x2: Any, /) -> Tensor:
     """Matrix product over the last two dimensions; leading dimensions broadcast, 1-D operands are vectors."""
     op = lookup("matmul")
-    return apply(op, (_t(x1), _t(x2)), op.pack({}))  # type: ignore[no-any-return]
+    return apply(op, (_t(x1), _t(x2)), op.pack({}))
 
 
 def einsum(equation: str, *operands: Any) -> Tensor:
     """Sums of products by index letters, as numpy.einsum ("ij,jk->ik", "...ii->...i")."""
     op = lookup("einsum")
-    return apply(op, tuple(_t(x) for x in operands), op.pack({"equation": equation}))  # type: ignore[no-any-return]
+    return apply(op, tuple(_t(x) for x in operands), op.pack({"equation": equation}))
 
 
 def vecdot(x1: Any, x2: Any, /, *, axis: int = -1) -> Tensor:
     """Sum of conj(x1) * x2 along `axis`; the other dimensions broadcast."""
     a, b = _t(x1), _t(x2)
     left = apply(lookup("conj"), (a,)) if a.dtype.kind == "c" else a
-    return (left * b).sum(axis)  # type: ignore[no-any-return]
+    return (left * b).sum(axis)
 
 
 def outer(x1: Any, x2: Any, /) -> Tensor:
@@ -42,7 +42,8 @@ def outer(x1: Any, x2: Any, /) -> Tensor:
 def tensordot(x1: Any, x2: Any, /, *, axes: int | tuple[Sequence[int], Sequence[int]] = 2) -> Tensor:
     """Contract the last `axes` dimensions of x1 with the first of x2, or the two named lists of dimensions."""
     a, b = _t(x1), _t(x2)
-    if isinstance(axes, int):
+    if not hasattr(axes, "__iter__"):
+        axes, = integers(axes, "tensordot")
         left, right = list(range(a.ndim - axes, a.ndim)), list(range(axes))
     else:
         left = [normalize_axis(d, a.ndim, "tensordot") for d in axes[0]]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from operator import index
 from typing import Any
+
+import numpy as np
 
 from meshtape.autograd import Tensor, apply, as_tensor
 from meshtape.runtime.dtypes import DEFAULT_FLOAT, DEFAULT_INT, AnyDType, canonical
 from meshtape.runtime.errors import ShapeError
-from meshtape.runtime.op import lookup
+from meshtape.runtime.op import integers, lookup
 from meshtape.runtime.shards import Placements, Shape
 from meshtape.scheduler import current
 from meshtape.scheduler.layout import AnyLayout, parse_layout
@@ -34,10 +35,7 @@ def asarray(obj: Any, /, *, dtype: AnyDType = None, copy: bool | None = None) ->
 
 def shape_tuple(shape: int | tuple[int, ...] | list[int]) -> Shape:
     """A shape as a tuple of ints; raises ShapeError on extents that are no integers, or negative."""
-    try:
-        out = tuple(index(n) for n in (shape if isinstance(shape, tuple | list) else (shape,)))
-    except TypeError as error:
-        raise ShapeError(f"shape {shape!r}: {error}; give whole numbers") from error
+    out = integers(shape, "shape")
     if any(n < 0 for n in out):
         raise ShapeError(f"shape {out} has a negative extent")
     return out
@@ -86,7 +84,7 @@ def full_like(x: Tensor, /, fill_value: Any, *, dtype: AnyDType = None) -> Tenso
     """A tensor like `x` (shape, dtype, layout; Partial becomes Replicate) filled with a number."""
     placements = tuple(-1 if isinstance(p, str) else p for p in x.spec.placements)
     op = lookup("full")
-    return apply(op, (fill_value,), op.pack(  # type: ignore[no-any-return]
+    return apply(op, (fill_value,), op.pack(
         {"shape": x.shape, "dtype": (x.dtype if dtype is None else canonical(dtype)).name}), placements)
 
 
@@ -112,9 +110,9 @@ def arange(start: float, /, stop: float | None = None, step: float = 1, *, dtype
         start, stop = 0, start
     if step == 0:
         raise ShapeError("arange: step is 0")
-    integers = all(isinstance(v, int) for v in (start, stop, step))
-    wanted = canonical(dtype) if dtype is not None else DEFAULT_INT if integers else DEFAULT_FLOAT
-    n = max(0, -((start - stop) // step) if integers else math.ceil((stop - start) / step))
+    whole = all(isinstance(v, int | np.integer) for v in (start, stop, step))
+    wanted = canonical(dtype) if dtype is not None else DEFAULT_INT if whole else DEFAULT_FLOAT
+    n = max(0, -((start - stop) // step) if whole else math.ceil((stop - start) / step))
     return create("arange", (start, step), 1, layout, False, n=int(n), dtype=wanted.name)
 
 

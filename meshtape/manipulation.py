@@ -8,8 +8,7 @@ from typing import Any
 from meshtape.autograd import Tensor, apply, as_tensor
 from meshtape.runtime.dtypes import AnyDType, canonical
 from meshtape.runtime.errors import ShapeError
-from meshtape.runtime.op import broadcast_shapes, lookup, normalize_axes, normalize_axis
-from meshtape.runtime.shards import Shape
+from meshtape.runtime.op import broadcast_shapes, integers, lookup, normalize_axes, normalize_axis
 
 Axis = int | Sequence[int]
 
@@ -21,13 +20,13 @@ def _t(x: Any) -> Tensor:
 def astype(x: Tensor, dtype: AnyDType, /) -> Tensor:
     """`x` with its elements converted to `dtype`. Raises DTypeError."""
     wanted = canonical(dtype)
-    return x if x.dtype == wanted else apply(lookup("astype"), (x,), (wanted.name,))  # type: ignore[no-any-return]
+    return x if x.dtype == wanted else apply(lookup("astype"), (x,), (wanted.name,))
 
 
 def reshape(x: Any, /, shape: int | Sequence[int]) -> Tensor:
     """`x` with the same elements in the same order under another shape; one extent may be -1 (worked out)."""
     t = _t(x)
-    wanted = [int(n) for n in ((shape,) if isinstance(shape, int) else shape)]
+    wanted = list(integers(shape, "reshape"))
     if wanted.count(-1) > 1 or any(n < -1 for n in wanted):
         raise ShapeError(f"reshape: {tuple(wanted)} leaves more than one extent open; at most one may be -1")
     if -1 in wanted:
@@ -39,7 +38,7 @@ def reshape(x: Any, /, shape: int | Sequence[int]) -> Tensor:
         wanted[wanted.index(-1)] = t.size // known
     if tuple(wanted) == t.shape:
         return t
-    return apply(lookup("reshape"), (t,), (tuple(wanted),))  # type: ignore[no-any-return]
+    return apply(lookup("reshape"), (t,), (tuple(wanted),))
 
 
 def flatten(x: Tensor, start: int = 0, end: int = -1) -> Tensor:
@@ -61,7 +60,7 @@ def permute_dims(x: Any, /, axes: Sequence[int]) -> Tensor:
         raise ShapeError(f"permute_dims: axes {tuple(axes)} is no permutation of the {t.ndim} dimensions")
     if order == tuple(range(t.ndim)):
         return t
-    return apply(lookup("permute_dims"), (t,), (order,))  # type: ignore[no-any-return]
+    return apply(lookup("permute_dims"), (t,), (order,))
 
 
 def swapaxes(x: Tensor, axis1: int, axis2: int, /) -> Tensor:
@@ -83,9 +82,8 @@ def matrix_transpose(x: Tensor, /) -> Tensor:
 
 def moveaxis(x: Tensor, source: Axis, destination: Axis, /) -> Tensor:
     """`x` with the dimensions `source` moved to the places `destination`; the others keep their order."""
-    src = [normalize_axis(a, x.ndim, "moveaxis") for a in ([source] if isinstance(source, int) else source)]
-    dst = [normalize_axis(a, x.ndim, "moveaxis") for a in
-           ([destination] if isinstance(destination, int) else destination)]
+    src = [normalize_axis(a, x.ndim, "moveaxis") for a in integers(source, "moveaxis")]
+    dst = [normalize_axis(a, x.ndim, "moveaxis") for a in integers(destination, "moveaxis")]
     if len(src) != len(dst) or len(set(src)) != len(src) or len(set(dst)) != len(dst):
         raise ShapeError(f"moveaxis: source {source} and destination {destination} do not pair up")
     order = [d for d in range(x.ndim) if d not in src]
@@ -97,9 +95,9 @@ def moveaxis(x: Tensor, source: Axis, destination: Axis, /) -> Tensor:
 def expand_dims(x: Any, /, axis: Axis = 0) -> Tensor:
     """`x` with new dimensions of extent 1 at the places `axis` of the result."""
     x = _t(x)
-    given = (axis,) if isinstance(axis, int) else tuple(axis)
+    given = integers(axis, "expand_dims")
     places = normalize_axes(given, x.ndim + len(given), "expand_dims")
-    return apply(lookup("expand_dims"), (x,), (places,))  # type: ignore[no-any-return]
+    return apply(lookup("expand_dims"), (x,), (places,))
 
 
 def squeeze(x: Tensor, /, axis: Axis | None = None) -> Tensor:
@@ -118,7 +116,7 @@ def broadcast_to(x: Any, /, shape: Sequence[int]) -> Tensor:
     """`x` stretched to `shape` by NumPy's rules."""
     x = _t(x)
     wanted = tuple(int(n) for n in shape)
-    return x if wanted == x.shape else apply(lookup("broadcast_to"), (x,), (wanted,))  # type: ignore[no-any-return]
+    return x if wanted == x.shape else apply(lookup("broadcast_to"), (x,), (wanted,))
 
 
 def broadcast_arrays(*tensors: Any) -> list[Tensor]:
@@ -140,25 +138,26 @@ def concat(tensors: Sequence[Any], /, *, axis: int | None = 0) -> Tensor:
     ts = _joined(tensors, "concat")
     if axis is None:
         ts, axis = tuple(reshape(t, (-1,)) for t in ts), 0
-    return apply(lookup("concat"), ts, (normalize_axis(axis, ts[0].ndim, "concat"),))  # type: ignore[no-any-return]
+    return apply(lookup("concat"), ts, (normalize_axis(axis, ts[0].ndim, "concat"),))
 
 
 def stack(tensors: Sequence[Any], /, *, axis: int = 0) -> Tensor:
     """The tensors (of one shape) side by side along a new dimension at `axis`."""
     ts = _joined(tensors, "stack")
-    return apply(lookup("stack"), ts, (normalize_axis(axis, ts[0].ndim + 1, "stack"),))  # type: ignore[no-any-return]
+    return apply(lookup("stack"), ts, (normalize_axis(axis, ts[0].ndim + 1, "stack"),))
 
 
 def split(x: Tensor, size_or_sections: int | Sequence[int], /, axis: int = 0) -> list[Tensor]:
     """`x` cut along `axis` into pieces of the given size (the last may be shorter) or sizes (as torch.split)."""
     a = normalize_axis(axis, x.ndim, "split")
     n = x.shape[a]
-    if isinstance(size_or_sections, int):
-        if size_or_sections <= 0:
-            raise ShapeError(f"split: size {size_or_sections}; use a positive number of elements")
-        sizes = [min(size_or_sections, n - at) for at in range(0, n, size_or_sections)] or [0]
+    sizes = list(integers(size_or_sections, "split"))
+    if not hasattr(size_or_sections, "__iter__"):
+        size = sizes[0]
+        if size <= 0:
+            raise ShapeError(f"split: size {size}; use a positive number of elements")
+        sizes = [min(size, n - at) for at in range(0, n, size)] or [0]
     else:
-        sizes = list(size_or_sections)
         if sum(sizes) != n:
             raise ShapeError(f"split: sizes {sizes} sum to {sum(sizes)}, but dimension {a} has {n}")
     out, at = [], 0
@@ -184,10 +183,11 @@ def roll(x: Tensor, /, shift: int | Sequence[int], *, axis: Axis | None = None) 
     """`x` shifted along `axis` with wrap-around; None: in the flattened order."""
     if axis is None:
         return reshape(roll(reshape(x, (-1,)), shift, axis=0), x.shape)
-    axes = (axis,) if isinstance(axis, int) else tuple(axis)
-    shifts = (shift,) * len(axes) if isinstance(shift, int) else tuple(shift)
+    axes, shifts = integers(axis, "roll"), integers(shift, "roll")
+    if not hasattr(shift, "__iter__"):
+        shifts *= len(axes)
     over = tuple(normalize_axis(a, x.ndim, "roll") for a in axes)
-    return apply(lookup("roll"), (x,), (shifts, over))  # type: ignore[no-any-return]
+    return apply(lookup("roll"), (x,), (shifts, over))
 
 
 def pad(x: Tensor, widths: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
@@ -196,23 +196,23 @@ def pad(x: Tensor, widths: Sequence[tuple[int, int]], value: float = 0.0) -> Ten
     if len(pairs) != x.ndim:
         raise ShapeError(f"pad: {len(pairs)} pairs of widths for {x.ndim} dimensions; give one pair for each")
     op = lookup("pad")
-    return apply(op, (x,), op.pack({"widths": pairs, "value": value}))  # type: ignore[no-any-return]
+    return apply(op, (x,), op.pack({"widths": pairs, "value": value}))
 
 
 def tril(x: Tensor, /, *, k: int = 0) -> Tensor:
     """The lower triangle of the last two dimensions, up to diagonal `k`; zeros above."""
-    return apply(lookup("tril"), (x,), (int(k),))  # type: ignore[no-any-return]
+    return apply(lookup("tril"), (x,), (int(k),))
 
 
 def triu(x: Tensor, /, *, k: int = 0) -> Tensor:
     """The upper triangle of the last two dimensions, from diagonal `k`; zeros below."""
-    return apply(lookup("triu"), (x,), (int(k),))  # type: ignore[no-any-return]
+    return apply(lookup("triu"), (x,), (int(k),))
 
 
 def take(x: Tensor, indices: Any, /, *, axis: int | None = None) -> Tensor:
     """The elements of `x` at integer `indices` along `axis` (None: of the flattened tensor)."""
     x, indices = (reshape(x, (-1,)), _t(indices)) if axis is None else (x, _t(indices))
-    return apply(lookup("take"), (x, indices), (normalize_axis(axis or 0, x.ndim, "take"),))  # type: ignore[no-any-return]
+    return apply(lookup("take"), (x, indices), (normalize_axis(axis or 0, x.ndim, "take"),))
 
 
 def take_along_axis(x: Tensor, indices: Any, /, *, axis: int = -1) -> Tensor:
@@ -224,13 +224,13 @@ def take_along_axis(x: Tensor, indices: Any, /, *, axis: int = -1) -> Tensor:
                                 (*indices.shape[:a], 1, *indices.shape[a + 1:]))
         x = broadcast_to(x, (*rest[:a], x.shape[a], *rest[a + 1:]))
         indices = broadcast_to(indices, (*rest[:a], indices.shape[a], *rest[a + 1:]))
-    return apply(op, (x, indices), op.pack({"axis": a}))  # type: ignore[no-any-return]
+    return apply(op, (x, indices), op.pack({"axis": a}))
 
 
 def cumulative_sum(x: Tensor, /, *, axis: int | None = None) -> Tensor:
     """Running sums along `axis` (None: of a 1-D tensor)."""
     op = lookup("cumsum")
-    return apply(op, (x,), op.pack(  # type: ignore[no-any-return]
+    return apply(op, (x,), op.pack(
         {"axis": normalize_axis(0 if axis is None else axis, x.ndim, "cumulative_sum")}))
 
 
@@ -241,18 +241,18 @@ def sort(x: Tensor, /, *, axis: int = -1, descending: bool = False) -> Tensor:
 
 def sort_with_indices(x: Tensor, /, *, axis: int = -1, descending: bool = False) -> tuple[Tensor, Tensor]:
     """(values in order, their int64 indices) along `axis`; stable."""
-    return apply(lookup("sort"), (x,), (normalize_axis(axis, x.ndim, "sort"), bool(descending)))  # type: ignore[no-any-return]
+    return apply(lookup("sort"), (x,), (normalize_axis(axis, x.ndim, "sort"), bool(descending)))
 
 
 def argsort(x: Tensor, /, *, axis: int = -1, descending: bool = False) -> Tensor:
     """Indices (int64) that sort along `axis`; stable."""
-    return apply(lookup("argsort"), (x,), (normalize_axis(axis, x.ndim, "argsort"), bool(descending)))  # type: ignore[no-any-return]
+    return apply(lookup("argsort"), (x,), (normalize_axis(axis, x.ndim, "argsort"), bool(descending)))
 
 
 def topk(x: Tensor, k: int, /, *, axis: int = -1, largest: bool = True) -> tuple[Tensor, Tensor]:
     """The k largest (or smallest) values along `axis`, in order, and their int64 indices."""
     op = lookup("topk")
-    return apply(op, (x,), op.pack(  # type: ignore[no-any-return]
+    return apply(op, (x,), op.pack(
         {"k": int(k), "axis": normalize_axis(axis, x.ndim, "topk"), "largest": bool(largest)}))
 
 

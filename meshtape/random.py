@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from meshtape.autograd import Tensor, as_tensor
 from meshtape.creation import create, shape_tuple
 from meshtape.manipulation import reshape, take
@@ -114,7 +116,8 @@ def permutation(n: int, *, layout: AnyLayout | None = None) -> Tensor:
 
 def choice(a: int | Tensor | Sequence[Any], shape: Shape = (), *, replace: bool = True) -> Tensor:
     """Elements of the 1-D `a` (or of range(a)) picked at random, with or without putting them back."""
-    n = a if isinstance(a, int) else len(a)
+    numbered = isinstance(a, int | np.integer)
+    n = int(a) if numbered else len(a)
     s = shape_tuple(shape)
     count = 1
     for extent in s:
@@ -125,7 +128,7 @@ def choice(a: int | Tensor | Sequence[Any], shape: Shape = (), *, replace: bool 
         index = reshape(permutation(n)[:count], s)
     else:
         raise ShapeError(f"choice: {count} of {n} elements without putting back; ask for at most {n}")
-    return index if isinstance(a, int) else take(as_tensor(a), index, axis=0)
+    return index if numbered else take(as_tensor(a), index, axis=0)
 
 
 __all__ = ["bernoulli", "choice", "integers", "manual_seed", "normal", "permutation", "rand", "randint",

@@ -30,6 +30,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import index
 from typing import Any, Literal, NamedTuple
 
 from meshtape.runtime.errors import MeshtapeError, ShapeError
@@ -51,7 +52,7 @@ class Axes(NamedTuple):
     ins: tuple[str, ...]
     outs: tuple[str, ...]
     combine: str = "sum"
-    even: dict[str, int] = {}  # noqa: RUF012
+    even: dict[str, int] = {}
     additive: tuple[int, ...] = ()
 
 
@@ -182,8 +183,19 @@ def lookup(name: str) -> Op:
 ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
+def integers(given: Any, name: str = "") -> tuple[int, ...]:
+    """One integer or several, NumPy's included, as a tuple of Python's; raises ShapeError on anything else."""
+    try:
+        return tuple(map(index, given)) if hasattr(given, "__iter__") else (index(given),)
+    except TypeError as error:
+        raise ShapeError(f"{name + ': ' if name else ''}{given!r} given where an integer or a tuple of integers is "
+                         f"needed") from error
+
+
 def normalize_axis(axis: int, ndim: int, name: str = "") -> int:
     """`axis` as 0 <= axis < ndim; raises ShapeError. A 0-d tensor accepts 0 and -1."""
+    if type(axis) is not int:
+        axis, = integers(axis, name)
     bound = max(ndim, 1)
     if not -bound <= axis < bound:
         raise ShapeError(f"{name + ': ' if name else ''}axis {axis} is out of range for a tensor of "
@@ -195,8 +207,7 @@ def normalize_axes(axis: int | Sequence[int] | None, ndim: int, name: str = "") 
     """All named axes as sorted non-negative ints; None means all. Raises ShapeError on repeats."""
     if axis is None:
         return tuple(range(ndim))
-    given = (axis,) if isinstance(axis, int) else tuple(axis)
-    found = sorted(normalize_axis(a, ndim, name) for a in given)
+    found = sorted(normalize_axis(a, ndim, name) for a in integers(axis, name))
     if len(set(found)) != len(found):
         raise ShapeError(f"{name}: axis {axis} names a dimension twice")
     return tuple(a for a in found if a < ndim)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from meshtape.runtime.shards import Placements, Shape
 
 
@@ -99,6 +101,23 @@ def program_from_wire(data: Any) -> Program:
 def type_from_wire(data: Any) -> TensorType:
     shape, dtype, placements = data
     return TensorType(tuple(shape), dtype, tuple(placements))
+
+
+def plain(value: Any) -> Any:
+    """An attribute's value as it can travel: NumPy's scalars as Python's, lists and arrays as tuples.
+
+    Raises TypeError for what is no None, bool, str, number of 64 bits, or sequence of these.
+    """
+    if value is None or isinstance(value, bool | float | str):
+        return value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, np.generic | np.ndarray):
+        return plain(value.tolist())
+    if isinstance(value, tuple | list):
+        return tuple(plain(v) for v in value)
+    if isinstance(value, int) and -2 ** 63 <= value < 2 ** 64:
+        return int(value)
+    raise TypeError(f"{value!r} of type {type(value).__name__} is none of the values that an operation can be "
+                    f"given: None, bool, str, float, int of 64 bits, or a sequence of these")
 
 
 def freeze(value: Any) -> Any:

@@ -141,10 +141,10 @@ def data_axis(axes: Axes) -> int:
 def to_code(placement: AnyPlacement, ndim: int) -> Placement:
     match placement:
         case Shard(dim):
-            if not isinstance(dim, int) or not -ndim <= dim < ndim:
+            if not isinstance(dim, int | np.integer) or not -ndim <= dim < ndim:
                 raise LayoutError(f"Shard({dim}) splits a dimension that a tensor of {ndim} dimensions lacks"
                                   + (f"; use {-ndim} to {ndim - 1}" if ndim else "; use Replicate()"))
-            return dim % ndim
+            return int(dim) % ndim
         case Replicate():
             return REPLICATE
         case Partial(combine):

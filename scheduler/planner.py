@@ -20,7 +20,7 @@ import numpy as np
 from meshtape.runtime.errors import MeshtapeError
 from meshtape.runtime.op import Axes as Letters
 from meshtape.runtime.op import Op
-from meshtape.runtime.protocol import Instr, TensorType
+from meshtape.runtime.protocol import Instr, TensorType, plain
 from meshtape.runtime.shards import REPLICATE, Placement, Placements, Shape, is_partial
 from meshtape.scheduler.cost import CPU, Device, Link, compute_seconds
 from meshtape.scheduler.layout import Axes, Spec, Specs
@@ -86,6 +86,7 @@ class Planner:
     def plan(self, op: Op, attrs: tuple[Any, ...], specs: tuple[Spec, ...],
              placements: Placements | None = None) -> Plan:
         """Plan `op`. `placements` fixes the first output's layout (creation); raises ShapeError, DTypeError."""
+        attrs = plain(attrs)
         named = op.unpack(attrs)
         shapes = tuple(s.shape for s in specs)
         out_shapes = op.shape(*shapes, **named)

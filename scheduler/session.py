@@ -102,6 +102,7 @@ class Session:
         self._next_id = 0
         self._bodies: OrderedDict[Any, Body] = OrderedDict()
         self._feed_numbers: dict[Spec, int] = {}
+        self._known: set[bytes] = set()         # digests whose programs the workers have
         self._drop: list[bytes] = []
         self._batch = 0
         self.inflight = Inflight(mesh)
@@ -277,22 +278,24 @@ class Session:
                 dead.append(slot)
         if not self.body and not frees and not fetch:
             return self._batch
-        body, fresh = self._body(tuple(sorted(dead))) if self.body else (None, False)
+        body = self._body(tuple(sorted(dead))) if self.body else None
         wanted = list(fetch)
         if body is not None and body.asked:
             unasked = {self.names[s]: s for s in sorted(body.asked) if s not in dead}
             wanted += [Fetch(name, body.types[s]) for name, s in unasked.items()]
             self.inflight.unread.update((name, (body, s)) for name, s in unasked.items())
-        self._batch += 1
+        digest, fresh = (b"", False) if body is None else (body.digest, body.digest not in self._known)
+        batch, feeds = self._batch + 1, self._cut_feeds()
+        runs = [Run(batch, digest, self.names, self.scalars, feeds[rank], wanted, frees, self._drop,
+                    body.program if body and fresh else None) for rank in range(self.mesh.size)]
+        # From here on the batch counts as sent: nothing slow may come in between, where Ctrl-C would strike.
         sent = Sent(body, self.names, self.sites, wanted, frees, [])
-        self.inflight.add(self._batch, sent)
-        feeds = self._cut_feeds()
-        runs = [Run(self._batch, body.digest if body else b"", self.names, self.scalars, feeds[rank], wanted, frees,
-                    self._drop, body.program if body and fresh else None) for rank in range(self.mesh.size)]
         self._count(body is not None and not fresh)
+        self._batch, self._drop = batch, []
+        self.inflight.add(batch, sent)
         if body is not None:
             self.last = sent
-        self._drop = []
+            self._known.add(digest)
         self._begin()
         self.mesh.send(runs)
         while self._batch - self.inflight.answered > IN_FLIGHT:
@@ -305,21 +308,22 @@ class Session:
         self.stats.digest_hits += hit
         self.stats.messages += self.mesh.size
 
-    def _body(self, dead: tuple[int, ...]) -> tuple[Body, bool]:
-        """The body of the pending batch, and whether workers see it for the first time."""
+    def _body(self, dead: tuple[int, ...]) -> Body:
+        """The body of the pending batch."""
         key = (tuple(self.body), dead)
         found = self._bodies.get(key)
         if found is not None:
             self._bodies.move_to_end(key)
-            return found, False
+            return found
         body = assemble(self.body, self.planner.instrs, len(self.names), dead, self.temporary, self.planner.number,
                         self.mesh.size)
         self._bodies[key] = body
         if len(self._bodies) > BODIES:
             _, old = self._bodies.popitem(last=False)
-            if all(b.digest != old.digest for b in self._bodies.values()):
+            if old.digest in self._known and all(b.digest != old.digest for b in self._bodies.values()):
+                self._known.discard(old.digest)
                 self._drop.append(old.digest)
-        return body, True
+        return body
 
     def _cut_feeds(self) -> list[list[Any]]:
         """Each rank's pieces of the arrays fed in."""

@@ -25,7 +25,7 @@ from meshtape.nn.loss_functions import (
 )
 from meshtape.runtime.dtypes import AnyDType, canonical, is_floating
 from meshtape.runtime.errors import DTypeError, ShapeError
-from meshtape.runtime.op import broadcast_shapes, lookup, normalize_axis
+from meshtape.runtime.op import broadcast_shapes, integers, lookup, normalize_axis
 from meshtape.scheduler import current
 
 
@@ -102,7 +102,7 @@ def rms_norm(input: Any, normalized_shape: int | Sequence[int], weight: Tensor |
 
 
 def _normalized(x: Tensor, normalized_shape: int | Sequence[int], name: str) -> int:
-    shape = (normalized_shape,) if isinstance(normalized_shape, int) else tuple(normalized_shape)
+    shape = integers(normalized_shape, name)
     if not shape or x.shape[-len(shape):] != shape:
         raise ShapeError(f"{name}: normalized_shape {shape} must be the last dimensions of the input, which "
                          f"is {x.shape}")

@@ -13,6 +13,7 @@ from meshtape.nn.module import Module
 from meshtape.nn.parameter import Parameter
 from meshtape.runtime.dtypes import AnyDType
 from meshtape.runtime.errors import ShapeError
+from meshtape.runtime.op import integers
 
 
 class Identity(Module):
@@ -176,7 +177,7 @@ class Flatten(Module):
 
 
 def _shape(given: int | Sequence[int]) -> tuple[int, ...]:
-    return (given,) if isinstance(given, int) else tuple(given)
+    return integers(given, "normalized_shape")
 
 
 __all__ = ["Dropout", "Embedding", "Flatten", "Identity", "LayerNorm", "Linear", "RMSNorm"]

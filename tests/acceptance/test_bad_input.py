@@ -78,7 +78,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     "a negative extent": (lambda: mt.zeros((-1, 2)), mt.ShapeError,
         "negative extent"),
     "half an element": (lambda: mt.zeros((2.5,)), mt.ShapeError,
-        r"shape \(2.5,\).*whole numbers"),
+        r"shape: \(2.5,\) given where an integer"),
     "split": (lambda: ones(5).split([2, 2]), mt.ShapeError,
         "sum to 4, but dimension 0 has 5"),
     "layer_norm": (lambda: nn.LayerNorm(4)(ones(2, 3)), mt.ShapeError,
@@ -410,3 +410,49 @@ def test_a_wrong_checkpoint_changes_nothing(survivor: mt.Tensor, tmp_path: Path)
         model.load_state_dict(mt.load(other))
     for name, value in model.state_dict().items():
         np.testing.assert_array_equal(value.numpy(), before[name])
+
+
+# --- NumPy's numbers are numbers --------------------------------------------------------------------------
+
+def test_numpys_integers_and_floats_do_wherever_pythons_do(survivor: mt.Tensor) -> None:
+    i, f = np.int64, np.float32
+    x = mt.tensor(np.arange(24.0).reshape(2, 3, 4))
+    pairs = [
+        (x.sum(axis=i(0)), x.sum(axis=0)), (x.sum(axis=(i(0), i(2))), x.sum(axis=(0, 2))),
+        (x.mean(axis=np.array([0, 1])), x.mean(axis=(0, 1))), (x.argmax(axis=i(1)), x.argmax(axis=1)),
+        (x.reshape(i(6), i(4)), x.reshape(6, 4)), (mt.reshape(x, np.array([6, 4])), x.reshape(6, 4)),
+        (mt.permute_dims(x, np.array([2, 0, 1])), mt.permute_dims(x, (2, 0, 1))),
+        (mt.roll(x, i(1), axis=i(2)), mt.roll(x, 1, axis=2)), (F.softmax(x, axis=i(-1)), F.softmax(x, axis=-1)),
+        (mt.concat([x, x], axis=i(1)), mt.concat([x, x], axis=1)), (mt.expand_dims(x, i(0)), mt.expand_dims(x, 0)),
+        (mt.moveaxis(x, i(0), i(2)), mt.moveaxis(x, 0, 2)), (x[i(0)], x[0]), (x[i(0):i(1)], x[:1]),
+        (mt.zeros((i(3),)), mt.zeros(3)), (mt.arange(i(3)), mt.arange(3)), (x + f(2), x + 2.0),
+        (mt.clip(x, f(1), f(2)), mt.clip(x, 1.0, 2.0)), (x.split(i(2), axis=i(2))[1], x.split(2, axis=2)[1]),
+        (x.sort(axis=i(1), descending=np.bool_(True)), x.sort(axis=1, descending=True)),
+        (mt.ones(4, layout=mt.Shard(i(0))), mt.ones(4)),
+    ]
+    for at, (found, wanted) in enumerate(pairs):
+        assert found.dtype == wanted.dtype, at
+        np.testing.assert_array_equal(found.numpy(), wanted.numpy(), str(at))
+
+
+@pytest.mark.parametrize("call", [
+    lambda x: x.sum(axis=1.5), lambda x: F.softmax(x, axis="rows"), lambda x: mt.permute_dims(x, (0.0, 1)),
+    lambda x: x.reshape(2.0, 3), lambda x: mt.roll(x, 2 ** 70, axis=0), lambda x: mt.concat([x, x], axis=0.5)])
+def test_what_is_no_integer_is_refused_at_the_call(survivor: mt.Tensor, call: Any) -> None:
+    with pytest.raises((mt.ShapeError, TypeError), match="integer|int of 64 bits"):
+        call(ones(2, 3))
+
+
+def test_ctrl_c_while_a_batch_is_put_together_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch stays pending, and its program is sent when it goes out after all."""
+    with on(2) as session:
+        def interrupted() -> Any:
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+
+        x = mt.tensor(np.arange(4.0), layout=mt.Shard(0))
+        y = x * 3.0
+        monkeypatch.setattr(session, "_cut_feeds", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            mt.flush()
+        np.testing.assert_array_equal(y.numpy(), 3 * np.arange(4.0))
