@@ -15,6 +15,7 @@ from meshtape.runtime.ops import norm as norm
 from meshtape.runtime.ops import optim as optim
 from meshtape.runtime.ops import pad as pad
 from meshtape.runtime.ops import pointwise as pointwise
+from meshtape.runtime.ops import pool as pool
 from meshtape.runtime.ops import random as random
 from meshtape.runtime.ops import reduce as reduce
 from meshtape.runtime.ops import scan as scan

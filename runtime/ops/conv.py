@@ -8,8 +8,8 @@ x is (samples N, channels C, *spatial), w is (outputs O, C / groups, *kernel), t
 into a matrix ("im2col") block by block, so that the matrix stays in cache, and multiply once per block;
 docs/decisions/0003-convolution.md says what was measured.
 
-Samples, input and output channels may be split: a split sum over the channels, or over the samples in a weight's
-gradient, is Partial. With groups, the groups may be split. Spatial dimensions are never split.
+Samples, input and output channels may be split: a split sum over the channels, or over the samples in a
+weight's gradient, is Partial. With groups, the groups may be split. Spatial dimensions are never split.
 """
 
 from __future__ import annotations
@@ -43,14 +43,15 @@ def gathered(xp: Any) -> int:
 
 def check_channels(name: str, channels: int, w: Shape, groups: int) -> None:
     if groups < 1 or channels % groups or w[0] % groups or w[1] * groups != channels:
-        raise ShapeError(f"{name}: {channels} input channels in {groups} groups need a weight of shape (outputs, "
-                         f"{channels} / {groups}, *kernel) with outputs a multiple of {groups}, got {w}")
+        raise ShapeError(f"{name}: {channels} input channels in {groups} groups need a weight of shape "
+                         f"(outputs, {channels} / {groups}, *kernel) with outputs a multiple of {groups}, "
+                         f"got {w}")
 
 
 def check_ranks(name: str, x: Shape, w: Shape) -> None:
     if len(x) < 3 or len(w) != len(x):
-        raise ShapeError(f"{name}: needs (samples, channels, *spatial) and a weight (outputs, channels, *kernel) of "
-                         f"as many dimensions, got {x} and {w}")
+        raise ShapeError(f"{name}: needs (samples, channels, *spatial) and a weight (outputs, channels, "
+                         f"*kernel) of as many dimensions, got {x} and {w}")
 
 
 def _conv_shape(x: Shape, w: Shape, *bias: Shape, groups: int, **geometry: Any) -> list[Shape]:
@@ -65,8 +66,8 @@ def _input_grad_shape(g: Shape, w: Shape, size: Shape, groups: int, **geometry: 
     check_ranks("conv_input_grad", g, w)
     needed = _conv_shape((g[0], w[1] * groups, *size), w, groups=groups, **geometry)[0]
     if g != needed:
-        raise ShapeError(f"conv_input_grad: for an input of spatial size {tuple(size)} and the weight {w} the "
-                         f"gradient is {needed}, got {g}")
+        raise ShapeError(f"conv_input_grad: for an input of spatial size {tuple(size)} and the weight {w} "
+                         f"the gradient is {needed}, got {g}")
     return [(g[0], w[1] * groups, *size)]
 
 
@@ -75,8 +76,8 @@ def _weight_grad_shape(g: Shape, x: Shape, kernel: Shape, groups: int, **geometr
     w = (g[1], x[1] // max(1, groups), *kernel)
     needed = _conv_shape(x, w, groups=groups, **geometry)[0]
     if g != needed:
-        raise ShapeError(f"conv_weight_grad: for the input {x} and a kernel of {tuple(kernel)} the gradient is "
-                         f"{needed}, got {g}")
+        raise ShapeError(f"conv_weight_grad: for the input {x} and a kernel of {tuple(kernel)} the gradient "
+                         f"is {needed}, got {g}")
     return [w]
 
 
@@ -181,10 +182,12 @@ def _conv_input_grad(xp: Any, g: Any, w: Any, size: Shape, stride: Shape, paddin
     dtype, kernel, count = g.dtype, w.shape[2:], g.shape[2:]
     g, filters = widen(g), _grouped(widen(w), groups).swapaxes(1, 2)
     channels = w.shape[1] * groups
-    out = xp.zeros((len(g), channels, *(n + lo + hi for n, (lo, hi) in zip(size, padding, strict=True))), g.dtype)
+    room = tuple(n + lo + hi for n, (lo, hi) in zip(size, padding, strict=True))
+    out = xp.zeros((len(g), channels, *room), g.dtype)
     for samples, rows in blocks(len(g), count, channels * prod(kernel), gathered(xp)):
         taken = (samples.stop - samples.start, rows.stop - rows.start, *count[1:])
-        columns = xp.matmul(filters, _grad_columns(g, samples, rows, groups)).reshape(channels, *kernel, *taken)
+        columns = xp.matmul(filters, _grad_columns(g, samples, rows, groups))
+        columns = columns.reshape(channels, *kernel, *taken)
         target = out[samples]
         for tap, where in tap_slices(kernel, stride, dilation, taken[1:], rows.start):
             target[(..., *where)] += columns[(slice(None), *tap)].swapaxes(0, 1)

@@ -1,7 +1,7 @@
 """A kernel that slides over the spatial dimensions: the geometry that convolution and pooling share.
 
-Arrays are (samples, channels, *spatial). Per spatial dimension of `n` elements, with a kernel of `k` taps that
-lie `dilation` apart, windows start every `stride` elements of the padded dimension.
+Arrays are (samples, channels, *spatial). Per spatial dimension of `n` elements, with a kernel of `k` taps
+that lie `dilation` apart, windows start every `stride` elements of the padded dimension.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ def check_geometry(name: str, size: Shape, kernel: Shape, stride: Shape, padding
     """Raises ShapeError unless there is one positive number (or pair of widths) per spatial dimension."""
     for what, given, least in (("kernel", kernel, 1), ("stride", stride, 1), ("dilation", dilation, 1)):
         if len(given) != len(size) or any(n < least for n in given):
-            raise ShapeError(f"{name}: {what} {tuple(given)} needs {len(size)} numbers of at least {least}, one "
-                             f"for each spatial dimension of {tuple(size)}")
+            raise ShapeError(f"{name}: {what} {tuple(given)} needs {len(size)} numbers of at least {least}, "
+                             f"one for each spatial dimension of {tuple(size)}")
     if len(padding) != len(size) or any(n < 0 for pair in padding for n in pair):
-        raise ShapeError(f"{name}: padding {tuple(padding)} needs {len(size)} pairs (before, after) of at least "
-                         f"0, one for each spatial dimension of {tuple(size)}")
+        raise ShapeError(f"{name}: padding {tuple(padding)} needs {len(size)} pairs (before, after) of at "
+                         f"least 0, one for each spatial dimension of {tuple(size)}")
 
 
 def span(kernel: int, dilation: int) -> int:
@@ -40,11 +40,14 @@ def counts(name: str, size: Shape, kernel: Shape, stride: Shape, padding: Pairs,
     found = []
     for d, (n, k, s, (lo, hi), apart) in enumerate(zip(size, kernel, stride, padding, dilation, strict=True)):
         if n + lo + hi < span(k, apart):
-            raise ShapeError(f"{name}: a kernel of {k} taps with dilation {apart} spans {span(k, apart)} elements, "
-                             f"spatial dimension {d} has {n} and {lo} + {hi} of padding; use more padding or a "
-                             f"smaller kernel")
+            raise no_room(name, d, n, lo + hi, span(k, apart))
         found.append((n + lo + hi - span(k, apart)) // s + 1)
     return tuple(found)
+
+
+def no_room(name: str, dimension: int, n: int, padding: int, window: int) -> ShapeError:
+    return ShapeError(f"{name}: a window spans {window} elements, spatial dimension {dimension} has {n} and "
+                      f"{padding} of padding; use more padding, or a smaller kernel or dilation")
 
 
 def padded(xp: Any, x: Any, padding: Pairs) -> Any:
@@ -98,3 +101,47 @@ def blocks(samples: int, count: Shape, per_window: int, limit: int) -> Iterator[
     step = max(1, limit // max(1, per_row * count[0]))
     for at in range(0, samples, step):
         yield slice(at, min(at + step, samples)), slice(0, count[0])
+
+
+# --- pooling: windows that may reach beyond the input -----------------------------------------------------
+
+def pool_counts(name: str, size: Shape, kernel: Shape, stride: Shape, padding: Pairs, dilation: Shape,
+                ceil_mode: bool) -> Shape:
+    """Windows along each dimension. With ceil_mode the last may end outside if it starts inside."""
+    check_geometry(name, size, kernel, stride, padding, dilation)
+    found = []
+    for d, (n, k, s, (lo, hi), apart) in enumerate(zip(size, kernel, stride, padding, dilation, strict=True)):
+        window = span(k, apart)
+        if 2 * max(lo, hi) > window:
+            raise ShapeError(f"{name}: padding {(lo, hi)} is more than half a window of {window} elements "
+                             f"(spatial dimension {d}); use less, or pad the input first")
+        many, left = divmod(n + lo + hi - window, s)
+        many += 1 + (ceil_mode and left > 0 and (many + 1) * s < n + lo)
+        if many < 1:
+            raise no_room(name, d, n, lo + hi, window)
+        found.append(many)
+    return tuple(found)
+
+
+def meetings(n: int, kernel: int, stride: int, before: int, dilation: int,
+             count: int) -> list[tuple[slice, slice] | None]:
+    """For each tap of one dimension: the windows in which it meets one of `n` elements, and those."""
+    found: list[tuple[slice, slice] | None] = []
+    for t in range(kernel):
+        shift = t * dilation - before
+        first = max(0, -(shift // stride))
+        last = min(count - 1, (n - 1 - shift) // stride)
+        found.append(None if last < first else (slice(first, last + 1), slice(
+            first * stride + shift, last * stride + shift + 1, stride)))
+    return found
+
+
+def tap_meetings(size: Shape, kernel: Shape, stride: Shape, padding: Pairs, dilation: Shape,
+                 count: Shape) -> Iterator[tuple[int, tuple[slice, ...], tuple[slice, ...]]]:
+    """(tap's number in row-major order, windows, elements) of every tap that meets an element."""
+    along = [meetings(*axis) for axis in zip(size, kernel, stride, (lo for lo, _ in padding), dilation, count,
+                                             strict=True)]
+    for number, pairs in enumerate(product(*along)):
+        met = [pair for pair in pairs if pair is not None]
+        if len(met) == len(pairs):
+            yield number, tuple(w for w, _ in met), tuple(e for _, e in met)
