@@ -78,8 +78,8 @@ def new_plan(session: Session, op: Op, attrs: tuple[Any, ...], specs: Sequence[S
     session.check()
     for spec in specs:
         if spec.owner is not session.specs:
-            raise SessionClosed(f"{op.name}: a tensor of shape {spec.shape} belongs to a mesh that was shut down "
-                                f"or replaced; make it again on the current mesh")
+            raise SessionClosed(f"{op.name}: a tensor of shape {spec.shape} belongs to a mesh that was shut "
+                                f"down or replaced; make it again on the current mesh")
     return session.planner.plan(op, attrs, tuple(specs), placements)
 
 

@@ -2,10 +2,11 @@
 
 What a walk records depends only on the structure of the tape below its root: the plans of the nodes, which
 node's gradient goes where, which kept blocks are the same block, the specs of the leaves, and the values of
-Python scalars (numbers of random draws apart, which a vjp hands on unseen). A survey of the tape collects all that as a key and the kept blocks as operands. The first walk
-with a key is noted as a recording; the next ones append the recording's instructions in one go, without running
-any vjp. A training step with the same shapes as the last is thus walked at a fraction of the cost, while a
-program that records something else each time simply walks.
+Python scalars (numbers of random draws apart, which a vjp hands on unseen). A survey of the tape collects
+all that as a key and the kept blocks as operands. The first walk with a key is noted as a recording; the
+next ones append the recording's instructions in one go, without running any vjp. A training step with the
+same shapes as the last is thus walked at a fraction of the cost, while a program that records something else
+each time simply walks.
 """
 
 from __future__ import annotations
@@ -134,7 +135,9 @@ class Trace:
     def __enter__(self) -> Trace:
         kind = type(self.session)
         shadows: dict[str, Any] = {"record": self.record, "redistribute": self.redistribute}
-        shadows.update({name: self._spoiling(getattr(kind, name)) for name in ("place", "draw", "fetch", "repeat")})
+        shadows.update(
+            {name: self._spoiling(getattr(kind, name)) for name in ("place", "draw", "fetch", "repeat")}
+        )
         vars(self.session).update(shadows)
         self._names = list(shadows)
         return self
@@ -223,6 +226,13 @@ class _Code:
             else:
                 picks.append(use_place[k] if kind == "operand" else base[kind] + k)
         shown = {r[1] for r in results if r is not None and r[0] == "made"}
-        return Recording(numbers, uses, tuple(self.constants), self.made, itemgetter(*picks) if picks else None,
-                         self.count, tuple(k for k in range(self.made) if k not in shown),
-                         tuple(None if r is None else r[1] if r[0] == "operand" else -1 - r[1] for r in results))
+        return Recording(
+            numbers,
+            uses,
+            tuple(self.constants),
+            self.made,
+            itemgetter(*picks) if picks else None,
+            self.count,
+            tuple(k for k in range(self.made) if k not in shown),
+            tuple(None if r is None else r[1] if r[0] == "operand" else -1 - r[1] for r in results),
+        )

@@ -1,8 +1,8 @@
 """The tape: one Node per recorded op that a gradient flows through, and the walk backwards over it.
 
-Define-by-run: a node is made when its op is recorded, knows its inputs' nodes, and keeps alive only the blocks
-that its op's `keeps` names. The vjps record ordinary ops, so a gradient is planned and split like anything
-else, and with create_graph it is itself on the tape.
+Define-by-run: a node is made when its op is recorded, knows its inputs' nodes, and keeps alive only the
+blocks that its op's `keeps` names. The vjps record ordinary ops, so a gradient is planned and split like
+anything else, and with create_graph it is itself on the tape.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class Node(AnyNode):
     def backward(self, grads: list[Tensor | None], session: Session) -> Sequence[Tensor | None]:
         if self.kept_in is None:
             where = f" (recorded at {site_text(self.site)})" if self.site else ""
-            raise GradError(f"backward a second time through {self.name}{where}: what it kept was freed by the "
-                            f"first; pass retain_graph=True to the first backward()")
+            raise GradError(f"backward a second time through {self.name}{where}: what it kept was freed by "
+                            f"the first; pass retain_graph=True to the first backward()")
         plan, edges = self.plan, self.edges
         if plan.keeps_all is None:
             inputs: Sequence[Any] = plan.in_specs
@@ -173,7 +173,9 @@ class CheckpointNode(AnyNode):
 
     def backward(self, grads: list[Tensor | None], session: Session) -> Sequence[Tensor | None]:
         if self.args is None:
-            raise GradError("backward a second time through checkpoint(): pass retain_graph=True to the first")
+            raise GradError(
+                "backward a second time through checkpoint(): pass retain_graph=True to the first"
+            )
         args = [a.detach().requires_grad_() if isinstance(a, Tensor) and a.edge is not None else a
                 for a in self.args]
         draws, session.draws = session.draws, self.draws
@@ -181,7 +183,9 @@ class CheckpointNode(AnyNode):
             out = self.function(*args)
         session.draws = draws
         outs = out if isinstance(out, tuple | list) else (out,)
-        roots = [(o.edge, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.edge is not None]
+        roots = [
+            (o.edge, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.edge is not None
+        ]
         if roots:
             walk(roots, retain_graph=False, create_graph=session.grad_enabled)
         return [a.grad if isinstance(a, Tensor) and e is not None else None
@@ -227,7 +231,8 @@ def walk(roots: Sequence[tuple[Edge, Tensor]], *, retain_graph: bool, create_gra
 
 def _walk(roots: Sequence[tuple[Edge, Tensor]], session: Session, retain_graph: bool,
           captured: dict[Edge, Tensor | None] | None) -> None:
-    """Node by node: run hooks, run the vjp, pass on the gradients; a node runs once all its consumers have."""
+    """Node by node: run hooks, run the vjp, pass on the gradients; a node runs once all its consumers have.
+    """
     waiting = count_consumers([edge[0] for edge, _ in roots])
     grads: dict[AnyNode, list[Tensor | None]] = {}
     for (node, index), g in roots:
@@ -306,8 +311,8 @@ def backward(tensor: Tensor, gradient: Tensor | None = None, *, retain_graph: bo
              create_graph: bool = False) -> None:
     """Accumulate the gradient of `tensor` into the `.grad` of every leaf it was computed from.
 
-    `gradient` (same shape) is the gradient of whatever is differentiated with respect to `tensor`; a tensor of
-    one element needs none. Raises GradError.
+    `gradient` (same shape) is the gradient of whatever is differentiated with respect to `tensor`; a tensor
+    of one element needs none. Raises GradError.
     """
     edge = root_edge(tensor, "backward()")
     walk([(edge, initial(tensor, gradient, "backward()"))],
@@ -334,8 +339,8 @@ def grad(outputs: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor],
     found = tuple(captured[x.edge] for x in ins)
     if not allow_unused and any(g is None for g in found):
         missing = [i for i, g in enumerate(found) if g is None]
-        raise GradError(f"grad(): inputs {missing} were not used to compute the outputs; pass allow_unused=True "
-                        f"to get None for them")
+        raise GradError(f"grad(): inputs {missing} were not used to compute the outputs; pass "
+                        f"allow_unused=True to get None for them")
     return tuple(None if g is None else g.to_placements(x.spec.placements)
                  for g, x in zip(found, ins, strict=True))
 
@@ -343,8 +348,8 @@ def grad(outputs: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor],
 def root_edge(tensor: Tensor, who: str) -> Edge:
     edge: Edge | None = tensor.edge
     if edge is None:
-        raise GradError(f"{who}: a tensor of shape {tensor.shape} does not require grad and was not computed from "
-                        f"one that does; set requires_grad=True on an input, outside no_grad()")
+        raise GradError(f"{who}: a tensor of shape {tensor.shape} does not require grad and was not computed "
+                        f"from one that does; set requires_grad=True on an input, outside no_grad()")
     return edge
 
 
@@ -352,15 +357,17 @@ def initial(tensor: Tensor, gradient: Tensor | None, who: str) -> Tensor:
     """The gradient that starts the walk; ones for a tensor of one element."""
     if gradient is None:
         if tensor.size != 1:
-            raise GradError(f"{who}: a gradient starts from one number, but the tensor has shape {tensor.shape}; "
-                            f"reduce it (.sum(), .mean()) or pass gradient= of that shape")
+            raise GradError(f"{who}: a gradient starts from one number, but the tensor has shape "
+                            f"{tensor.shape}; reduce it (.sum(), .mean()) or pass gradient= of that shape")
         full = lookup("full")
         value = 1.0
         return Tensor._apply(full, (value,), full.pack(  # type: ignore[no-any-return]
             {"shape": tensor.shape, "dtype": tensor.dtype.name}))
     from_user = gradient if isinstance(gradient, Tensor) else as_gradient(gradient, tensor)
     if from_user.shape != tensor.shape:
-        raise ShapeError(f"{who}: gradient has shape {from_user.shape}, the tensor {tensor.shape}; they must agree")
+        raise ShapeError(
+            f"{who}: gradient has shape {from_user.shape}, the tensor {tensor.shape}; they must agree"
+        )
     return from_user
 
 

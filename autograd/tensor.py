@@ -103,7 +103,7 @@ class Tensor:
 
     @property
     def is_leaf(self) -> bool:
-        return self.edge is None or not self.edge[0].edges and type(self.edge[0]).__name__ == "Leaf"
+        return self.edge is None or (not self.edge[0].edges and type(self.edge[0]).__name__ == "Leaf")
 
     @property
     def grad(self) -> Tensor | None:
@@ -113,10 +113,12 @@ class Tensor:
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"grad: a {type(value).__name__} given; a gradient is a tensor of shape {self.shape}, "
-                            f"or None")
+            raise TypeError(f"grad: a {type(value).__name__} given; a gradient is a tensor of shape "
+                            f"{self.shape}, or None")
         if value is not None and value.shape != self.shape:
-            raise ShapeError(f"grad: shape {value.shape} given for a tensor of shape {self.shape}; make them equal")
+            raise ShapeError(
+                f"grad: shape {value.shape} given for a tensor of shape {self.shape}; make them equal"
+            )
         self._grad = value
 
     @grad.deleter
@@ -145,8 +147,8 @@ class Tensor:
     def item(self) -> Any:
         """The value of a tensor of one element as a Python number. Waits for the workers."""
         if self.size != 1:
-            raise ShapeError(f"item(): the tensor has {self.size} elements (shape {self.shape}); reduce it to one, "
-                             f"or use .numpy()")
+            raise ShapeError(f"item(): the tensor has {self.size} elements (shape {self.shape}); reduce it "
+                             f"to one, or use .numpy()")
         return self.numpy().item()
 
     def tolist(self) -> Any:
@@ -158,8 +160,8 @@ class Tensor:
 
     def __bool__(self) -> bool:
         if self.size != 1:
-            raise ShapeError(f"bool(): a tensor of shape {self.shape} is not one value that is true or false; use "
-                             f".any() or .all()")
+            raise ShapeError(f"bool(): a tensor of shape {self.shape} is not one value that is true or "
+                             f"false; use .any() or .all()")
         return bool(self.item())
 
     def __int__(self) -> int:
@@ -236,18 +238,19 @@ class Tensor:
     # --- in place: rebind this handle ---------------------------------------------------------------
 
     def assign(self, result: Tensor, what: str) -> Tensor:
-        """Rebind this handle to `result`. Raises GradError on a leaf that requires grad, outside no_grad()."""
+        """Rebind this handle to `result`. Raises GradError on a leaf that requires grad, outside no_grad().
+        """
         tracking = owner_session(self).grad_enabled
         leaf = self.edge is not None and self.is_leaf
         if tracking and leaf:
-            raise GradError(f"{what}: a leaf that requires grad cannot be changed in place while the tape records; "
-                            f"do it inside no_grad(), or compute a new tensor")
+            raise GradError(f"{what}: a leaf that requires grad cannot be changed in place while the tape "
+                            f"records; do it inside no_grad(), or compute a new tensor")
         if result.shape != self.shape:
             raise ShapeError(f"{what}: the result has shape {result.shape}, the tensor {self.shape}; "
                              f"in-place operations keep the shape")
         if kind(result.dtype) > kind(self.dtype):
-            raise DTypeError(f"{what}: the result has dtype {result.dtype}, which a tensor of {self.dtype} cannot "
-                             f"hold; make the tensor of that dtype first, with astype")
+            raise DTypeError(f"{what}: the result has dtype {result.dtype}, which a tensor of {self.dtype} "
+                             f"cannot hold; make the tensor of that dtype first, with astype")
         if result.dtype != self.dtype:
             result = result.astype(self.dtype)
         result = result.to_placements(self.spec.placements)
@@ -286,8 +289,8 @@ def owner_session(t: Tensor) -> Session:
     """The session that holds `t`; raises SessionClosed if it is not the current one."""
     session = current.active
     if session is None or session.specs is not t.spec.owner:
-        raise SessionClosed(f"a tensor of shape {t.shape} belongs to a mesh that was shut down or replaced; make it "
-                            f"again on the current mesh")
+        raise SessionClosed(f"a tensor of shape {t.shape} belongs to a mesh that was shut down or replaced; "
+                            f"make it again on the current mesh")
     session.check()
     return session
 
@@ -297,7 +300,9 @@ def current_leaf(t: Tensor) -> Any:
     return Leaf(t)
 
 
-def as_tensor(data: Any, dtype: AnyDType = None, layout: AnyLayout | None = None, *, owned: bool = False) -> Tensor:
+def as_tensor(
+    data: Any, dtype: AnyDType = None, layout: AnyLayout | None = None, *, owned: bool = False
+) -> Tensor:
     """A tensor with the values of `data`: a tensor, an array, a number, or nested lists of numbers.
 
     Python floats (and lists of them) become float32; arrays keep their dtype. Replicate unless `layout` says
@@ -329,10 +334,12 @@ def to_array(data: Any, dtype: AnyDType, *, copy: bool) -> np.ndarray[Any, Any]:
     try:
         array = np.asarray(data)
     except ValueError as error:
-        raise ShapeError(f"tensor(): the nested lists are ragged ({error}); make every row the same length") from error
+        raise ShapeError(
+            f"tensor(): the nested lists are ragged ({error}); make every row the same length"
+        ) from error
     if array.dtype.kind in "OUSM":
-        raise DTypeError(f"{type(data).__name__} data (NumPy's dtype {array.dtype}) is not numeric; give a number, an "
-                         f"array or nested lists of numbers")
+        raise DTypeError(f"{type(data).__name__} data (NumPy's dtype {array.dtype}) is not numeric; give a "
+                         f"number, an array or nested lists of numbers")
     if wanted is None:
         wanted = canonical(array.dtype) if from_array or array.dtype.kind not in "fc" else (
             DEFAULT_FLOAT if array.dtype.kind == "f" else canonical("complex64"))
@@ -373,8 +380,21 @@ def _unary(name: str) -> Callable[[Tensor], Tensor]:
     return lambda self: Tensor._apply(op, (self,))  # type: ignore[no-any-return]
 
 
-def install_operators(in_place: Sequence[str] = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and",
-                                                 "or", "xor", "matmul")) -> None:
+def install_operators(
+    in_place: Sequence[str] = (
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "matmul",
+    ),
+) -> None:
     """Give Tensor Python's operators, each an op of the table."""
     names = {"add": "add", "sub": "sub", "mul": "mul", "truediv": "divide", "floordiv": "floor_divide",
              "mod": "remainder", "pow": "pow", "matmul": "matmul", "and": "bitwise_and", "or": "bitwise_or",
@@ -385,10 +405,21 @@ def install_operators(in_place: Sequence[str] = ("add", "sub", "mul", "truediv",
         setattr(Tensor, f"__r{python}__", reflected)
         if python in in_place:
             setattr(Tensor, f"__i{python}__", _in_place(forward, f"in-place {name}"))
-    for python, name in {"lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal", "eq": "equal",
-                         "ne": "not_equal"}.items():
+    for python, name in {
+        "lt": "less",
+        "le": "less_equal",
+        "gt": "greater",
+        "ge": "greater_equal",
+        "eq": "equal",
+        "ne": "not_equal",
+    }.items():
         setattr(Tensor, f"__{python}__", _binary(name)[0])
-    for python, name in {"neg": "negative", "pos": "positive", "abs": "abs", "invert": "bitwise_invert"}.items():
+    for python, name in {
+        "neg": "negative",
+        "pos": "positive",
+        "abs": "abs",
+        "invert": "bitwise_invert",
+    }.items():
         setattr(Tensor, f"__{python}__", _unary(name))
 
 

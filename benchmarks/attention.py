@@ -1,10 +1,11 @@
-"""Milliseconds of scaled dot-product attention, forward and forward + backward: meshtape's kernels beside torch.
+"""Milliseconds of scaled dot-product attention, forward and forward + backward: meshtape's kernels beside
+torch.
 
     python benchmarks/attention.py [--rounds 30] [--layer]
 
-One thread, float32, shapes (batch, heads, length, width). meshtape's figures are the kernels alone, as a worker
-calls them; with --layer the whole of nn.functional on one worker, recording included. The contenders take turns,
-and figures are medians over rounds.
+One thread, float32, shapes (batch, heads, length, width). meshtape's figures are the kernels alone, as a
+worker calls them; with --layer the whole of nn.functional on one worker, recording included. The contenders
+take turns, and figures are medians over rounds.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def milliseconds(call: Call) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--layer", action="store_true")
     options = parser.parse_args()
@@ -100,7 +103,9 @@ def main() -> None:
                 call()
             times = [[milliseconds(call) for call in calls] for _ in range(options.rounds)]
             f, b, tf, tb = (statistics.median(t) for t in zip(*times, strict=True))
-            print(f"{shape!s:20}{is_causal!s:>7}{f:10.2f}{tf:9.2f}{b:10.2f}{tb:9.2f}{b / tb:12.2f}", flush=True)
+            print(
+                f"{shape!s:20}{is_causal!s:>7}{f:10.2f}{tf:9.2f}{b:10.2f}{tb:9.2f}{b / tb:12.2f}", flush=True
+            )
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
-"""Microseconds of driver time per recorded op with the tape on, beside torch eager's host time for the same program.
+"""Microseconds of driver time per recorded op with the tape on, beside torch eager's host time for the same
+program.
 
     python benchmarks/record.py [--rounds 300] [--size 8]
 
-The program is a two-layer network written with array operations, forward and backward, on tensors so small that
-torch's host time is dispatch and not arithmetic. meshtape's time is what the driver spends until everything is
-recorded (the batch is sent outside the timed part, to a worker in the same process); torch's is the whole eager
-call, which includes its kernels. Both take turns; figures are medians. Also shown: the driver's share of a
-flush, with and without a known digest.
+The program is a two-layer network written with array operations, forward and backward, on tensors so small
+that torch's host time is dispatch and not arithmetic. meshtape's time is what the driver spends until
+everything is recorded (the batch is sent outside the timed part, to a worker in the same process); torch's
+is the whole eager call, which includes its kernels. Both take turns; figures are medians. Also shown: the
+driver's share of a flush, with and without a known digest.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ def program(x: Any, w1: Any, b1: Any, w2: Any, b2: Any, relu: Callable[[Any], An
 
 def operands(size: int) -> list[np.ndarray[Any, Any]]:
     rng = np.random.default_rng(0)
-    return [rng.standard_normal(s, dtype=np.float32) for s in ((size, size), (size, size), (size,), (size, size), (size,))]
+    return [
+        rng.standard_normal(s, dtype=np.float32)
+        for s in ((size, size), (size, size), (size,), (size, size), (size,))
+    ]
 
 
 class Meshtape:
@@ -96,7 +100,9 @@ class Torch:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--size", type=int, default=8)
     options = parser.parse_args()
@@ -106,7 +112,9 @@ def main() -> None:
         times["ours"].append(ours.step())
         times["torch"].append(peer.step())
     mine, theirs = (1e6 * statistics.median(times[k]) for k in ("ours", "torch"))
-    print(f"meshtape {mt.__version__}, torch {torch.__version__}, NumPy {np.__version__}; {ours.ops} recorded ops")
+    print(
+        f"meshtape {mt.__version__}, torch {torch.__version__}, NumPy {np.__version__}; {ours.ops} ops"
+    )
     print(f"recording, per op        {mine / ours.ops:8.2f} us")
     print(f"recording, whole program {mine:8.1f} us")
     print(f"torch eager, whole       {theirs:8.1f} us   ratio {mine / theirs:.2f}")

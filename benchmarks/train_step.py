@@ -2,9 +2,10 @@
 
     python benchmarks/train_step.py [--rounds 15] [--models mlp64,mlp784] [--contenders torch,ddp,mesh1,mesh2]
 
-Every contender runs in a process of its own with one BLAS thread per worker, and takes turns with the others: a
-round is a few steps of each. A step is forward, cross-entropy, backward and AdamW on a batch that starts as
-NumPy arrays. DDP is gloo with 2 processes on the same global batch. Figures are medians over rounds.
+Every contender runs in a process of its own with one BLAS thread per worker, and takes turns with the
+others: a round is a few steps of each. A step is forward, cross-entropy, backward and AdamW on a batch that
+starts as NumPy arrays. DDP is gloo with 2 processes on the same global batch. Figures are medians over
+rounds.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ BATCHES = 8
 
 
 class Model(NamedTuple):
-    """Layer widths, whether LayerNorm and GELU stand between layers (else ReLU), global batch, steps a round."""
+    """Layer widths, whether LayerNorm and GELU stand between layers (else ReLU), global batch, steps a
+    round.
+    """
 
     widths: tuple[int, ...]
     norm: bool
@@ -134,7 +137,16 @@ class Contender:
 
     def __init__(self, name: str, model: str) -> None:
         ranks, port = (2 if name == "ddp" else 1), 29500 + os.getpid() % 1000
-        command = [sys.executable, str(Path(__file__)), "--serve", name, "--models", model, "--port", str(port)]
+        command = [
+            sys.executable,
+            str(Path(__file__)),
+            "--serve",
+            name,
+            "--models",
+            model,
+            "--port",
+            str(port),
+        ]
         self.processes = [subprocess.Popen([*command, "--rank", str(r)], stdin=subprocess.PIPE,
                                            stdout=subprocess.PIPE, text=True) for r in range(ranks)]
         for p in self.processes:
@@ -178,7 +190,9 @@ def compare(name: str, names: list[str], rounds: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--contenders", default=",".join(CONTENDERS))
@@ -190,7 +204,9 @@ def main() -> None:
         serve(options.serve, MODELS[options.models], options.rank, options.port)
         return
     names = options.contenders.split(",")
-    print(f"{'ms per step':10}" + "".join(f"{c:>10}" for c in names) + f"{'mesh1/torch':>13}{'mesh2/ddp':>11}")
+    print(
+        f"{'ms per step':10}" + "".join(f"{c:>10}" for c in names) + f"{'mesh1/torch':>13}{'mesh2/ddp':>11}"
+    )
     for model in options.models.split(","):
         found = compare(model, names, options.rounds)
         ratios = [f"{found[a] / found[b]:.2f}" if a in found and b in found else "-"

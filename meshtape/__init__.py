@@ -1,7 +1,7 @@
 """meshtape: define-by-run tensors on a cluster of GPUs.
 
-One Python program sees whole tensors; a scheduler splits every operation over workers (Ray actors, threads, or
-this process), and one tape in the program takes gradients of all of it.
+One Python program sees whole tensors; a scheduler splits every operation over workers (Ray actors, threads,
+or this process), and one tape in the program takes gradients of all of it.
 """
 
 from __future__ import annotations

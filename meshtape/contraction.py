@@ -40,7 +40,8 @@ def outer(x1: Any, x2: Any, /) -> Tensor:
 
 
 def tensordot(x1: Any, x2: Any, /, *, axes: int | tuple[Sequence[int], Sequence[int]] = 2) -> Tensor:
-    """Contract the last `axes` dimensions of x1 with the first of x2, or the two named lists of dimensions."""
+    """Contract the last `axes` dimensions of x1 with the first of x2, or the two named lists of dimensions.
+    """
     a, b = _t(x1), _t(x2)
     if not hasattr(axes, "__iter__"):
         axes, = integers(axes, "tensordot")
@@ -49,7 +50,9 @@ def tensordot(x1: Any, x2: Any, /, *, axes: int | tuple[Sequence[int], Sequence[
         left = [normalize_axis(d, a.ndim, "tensordot") for d in axes[0]]
         right = [normalize_axis(d, b.ndim, "tensordot") for d in axes[1]]
     if [a.shape[d] for d in left] != [b.shape[d] for d in right]:
-        raise ShapeError(f"tensordot: contracted extents differ, {a.shape} over {left} and {b.shape} over {right}")
+        raise ShapeError(
+            f"tensordot: contracted extents differ, {a.shape} over {left} and {b.shape} over {right}"
+        )
     free_a = [d for d in range(a.ndim) if d not in left]
     free_b = [d for d in range(b.ndim) if d not in right]
     inner = 1

@@ -16,7 +16,9 @@ from meshtape.scheduler import current
 from meshtape.scheduler.layout import AnyLayout, parse_layout
 
 
-def tensor(data: Any, dtype: AnyDType = None, layout: AnyLayout | None = None, requires_grad: bool = False) -> Tensor:
+def tensor(
+    data: Any, dtype: AnyDType = None, layout: AnyLayout | None = None, requires_grad: bool = False
+) -> Tensor:
     """A tensor with a copy of `data`: an array, a number, or nested lists of numbers.
 
     Python floats and lists of them become float32; arrays keep their dtype. Replicate unless `layout` says
@@ -49,12 +51,20 @@ def create(name: str, inputs: tuple[Any, ...], ndim: int, layout: AnyLayout | No
            **attrs: Any) -> Tensor:
     """Record a creation op under the wanted layout (Replicate unless told)."""
     op = lookup(name)
-    out: Tensor = apply(op, inputs, op.pack(attrs), placements_for(layout, ndim) or current.session().axes.replicated)
+    out: Tensor = apply(
+        op, inputs, op.pack(attrs), placements_for(layout, ndim) or current.session().axes.replicated
+    )
     return out.requires_grad_() if requires_grad else out
 
 
-def full(shape: int | tuple[int, ...], fill_value: Any, *, dtype: AnyDType = None, layout: AnyLayout | None = None,
-         requires_grad: bool = False) -> Tensor:
+def full(
+    shape: int | tuple[int, ...],
+    fill_value: Any,
+    *,
+    dtype: AnyDType = None,
+    layout: AnyLayout | None = None,
+    requires_grad: bool = False,
+) -> Tensor:
     """A tensor of `shape` filled with a number; the dtype follows it (float32, int64, bool) unless given."""
     if isinstance(fill_value, Tensor):
         fill_value = fill_value.item()
@@ -66,17 +76,31 @@ def full(shape: int | tuple[int, ...], fill_value: Any, *, dtype: AnyDType = Non
 def zeros(shape: int | tuple[int, ...], *, dtype: AnyDType = None, layout: AnyLayout | None = None,
           requires_grad: bool = False) -> Tensor:
     """A tensor of zeros (float32 unless `dtype` is given)."""
-    return full(shape, 0.0, dtype=DEFAULT_FLOAT if dtype is None else dtype, layout=layout, requires_grad=requires_grad)
+    return full(
+        shape,
+        0.0,
+        dtype=DEFAULT_FLOAT if dtype is None else dtype,
+        layout=layout,
+        requires_grad=requires_grad,
+    )
 
 
 def ones(shape: int | tuple[int, ...], *, dtype: AnyDType = None, layout: AnyLayout | None = None,
          requires_grad: bool = False) -> Tensor:
     """A tensor of ones (float32 unless `dtype` is given)."""
-    return full(shape, 1.0, dtype=DEFAULT_FLOAT if dtype is None else dtype, layout=layout, requires_grad=requires_grad)
+    return full(
+        shape,
+        1.0,
+        dtype=DEFAULT_FLOAT if dtype is None else dtype,
+        layout=layout,
+        requires_grad=requires_grad,
+    )
 
 
 def empty(shape: int | tuple[int, ...], *, dtype: AnyDType = None, layout: AnyLayout | None = None) -> Tensor:
-    """A tensor of `shape`; its values are zeros (nothing in a program may depend on what memory held before)."""
+    """A tensor of `shape`; its values are zeros (nothing in a program may depend on what memory held
+    before).
+    """
     return zeros(shape, dtype=dtype, layout=layout)
 
 
@@ -120,17 +144,47 @@ def linspace(start: float, stop: float, /, num: int, *, dtype: AnyDType = None, 
              layout: AnyLayout | None = None) -> Tensor:
     """`num` evenly spaced values from start to stop (included unless endpoint=False)."""
     wanted = DEFAULT_FLOAT if dtype is None else canonical(dtype)
-    return create("linspace", (float(start), float(stop)), 1, layout, False, n=int(num), endpoint=bool(endpoint),
-                  dtype=wanted.name)
+    return create(
+        "linspace",
+        (float(start), float(stop)),
+        1,
+        layout,
+        False,
+        n=int(num),
+        endpoint=bool(endpoint),
+        dtype=wanted.name,
+    )
 
 
 def eye(n_rows: int, n_cols: int | None = None, /, *, k: int = 0, dtype: AnyDType = None,
         layout: AnyLayout | None = None) -> Tensor:
     """Ones on diagonal `k` of an (n_rows, n_cols) matrix, zeros elsewhere."""
     wanted = DEFAULT_FLOAT if dtype is None else canonical(dtype)
-    return create("eye", (), 2, layout, False, n=int(n_rows), m=int(n_rows if n_cols is None else n_cols), k=int(k),
-                  dtype=wanted.name)
+    return create(
+        "eye",
+        (),
+        2,
+        layout,
+        False,
+        n=int(n_rows),
+        m=int(n_rows if n_cols is None else n_cols),
+        k=int(k),
+        dtype=wanted.name,
+    )
 
 
-__all__ = ["arange", "asarray", "empty", "empty_like", "eye", "full", "full_like", "linspace", "ones", "ones_like",
-           "tensor", "zeros", "zeros_like"]
+__all__ = [
+    "arange",
+    "asarray",
+    "empty",
+    "empty_like",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]

@@ -1,4 +1,6 @@
-"""Pointwise functions, by their Array API names. All broadcast; integers become float32 where a float comes out."""
+"""Pointwise functions, by their Array API names. All broadcast; integers become float32 where a float comes
+out.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,71 @@ from meshtape.runtime.errors import DTypeError
 from meshtape.runtime.op import Op, lookup
 
 UNARY = {
-    "negative": "negative", "positive": "positive", "abs": "abs", "sign": "sign", "square": "square",
-    "reciprocal": "reciprocal", "conj": "conj", "real": "real", "imag": "imag", "exp": "exp", "expm1": "expm1",
-    "log": "log", "log1p": "log1p", "log2": "log2", "log10": "log10", "sqrt": "sqrt", "rsqrt": "rsqrt",
-    "sin": "sin", "cos": "cos", "tan": "tan", "asin": "asin", "acos": "acos", "atan": "atan", "sinh": "sinh",
-    "cosh": "cosh", "tanh": "tanh", "asinh": "asinh", "acosh": "acosh", "atanh": "atanh", "erf": "erf",
-    "floor": "floor", "ceil": "ceil", "trunc": "trunc", "isfinite": "isfinite", "isinf": "isinf",
-    "isnan": "isnan", "logical_not": "logical_not", "bitwise_invert": "bitwise_invert", "sigmoid": "sigmoid",
+    "negative": "negative",
+    "positive": "positive",
+    "abs": "abs",
+    "sign": "sign",
+    "square": "square",
+    "reciprocal": "reciprocal",
+    "conj": "conj",
+    "real": "real",
+    "imag": "imag",
+    "exp": "exp",
+    "expm1": "expm1",
+    "log": "log",
+    "log1p": "log1p",
+    "log2": "log2",
+    "log10": "log10",
+    "sqrt": "sqrt",
+    "rsqrt": "rsqrt",
+    "sin": "sin",
+    "cos": "cos",
+    "tan": "tan",
+    "asin": "asin",
+    "acos": "acos",
+    "atan": "atan",
+    "sinh": "sinh",
+    "cosh": "cosh",
+    "tanh": "tanh",
+    "asinh": "asinh",
+    "acosh": "acosh",
+    "atanh": "atanh",
+    "erf": "erf",
+    "floor": "floor",
+    "ceil": "ceil",
+    "trunc": "trunc",
+    "isfinite": "isfinite",
+    "isinf": "isinf",
+    "isnan": "isnan",
+    "logical_not": "logical_not",
+    "bitwise_invert": "bitwise_invert",
+    "sigmoid": "sigmoid",
     "relu": "relu",
 }
 BINARY = {
-    "add": "add", "subtract": "sub", "multiply": "mul", "divide": "divide", "floor_divide": "floor_divide",
-    "remainder": "remainder", "pow": "pow", "atan2": "atan2", "maximum": "maximum", "minimum": "minimum",
-    "equal": "equal", "not_equal": "not_equal", "less": "less", "less_equal": "less_equal", "greater": "greater",
-    "greater_equal": "greater_equal", "logical_and": "logical_and", "logical_or": "logical_or",
-    "logical_xor": "logical_xor", "bitwise_and": "bitwise_and", "bitwise_or": "bitwise_or",
-    "bitwise_xor": "bitwise_xor", "bitwise_left_shift": "bitwise_left_shift",
+    "add": "add",
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "divide",
+    "floor_divide": "floor_divide",
+    "remainder": "remainder",
+    "pow": "pow",
+    "atan2": "atan2",
+    "maximum": "maximum",
+    "minimum": "minimum",
+    "equal": "equal",
+    "not_equal": "not_equal",
+    "less": "less",
+    "less_equal": "less_equal",
+    "greater": "greater",
+    "greater_equal": "greater_equal",
+    "logical_and": "logical_and",
+    "logical_or": "logical_or",
+    "logical_xor": "logical_xor",
+    "bitwise_and": "bitwise_and",
+    "bitwise_or": "bitwise_or",
+    "bitwise_xor": "bitwise_xor",
+    "bitwise_left_shift": "bitwise_left_shift",
     "bitwise_right_shift": "bitwise_right_shift",
 }
 
@@ -35,7 +86,7 @@ def _unary(name: str, op: Op) -> Any:
     attrs = op.pack({})
 
     def function(x: Any, /) -> Tensor:
-        return apply(op, (x if isinstance(x, Tensor) else _tensor(x),), attrs)  # type: ignore[no-any-return]
+        return apply(op, (x if isinstance(x, Tensor) else _tensor(x),), attrs)
 
     function.__name__ = function.__qualname__ = name
     function.__doc__ = f"{name} of every element of `x` (any shape); returns a tensor of the same shape."
@@ -48,10 +99,12 @@ def _binary(name: str, op: Op) -> Any:
     def function(x1: Any, x2: Any, /) -> Tensor:
         if not isinstance(x1, Tensor) and not isinstance(x2, Tensor):
             x1 = _tensor(x1)
-        return apply(op, (x1, x2), attrs)  # type: ignore[no-any-return]
+        return apply(op, (x1, x2), attrs)
 
     function.__name__ = function.__qualname__ = name
-    function.__doc__ = f"{name} of `x1` and `x2`, element by element; shapes broadcast (ShapeError if they do not)."
+    function.__doc__ = (
+        f"{name} of `x1` and `x2`, element by element; shapes broadcast (ShapeError if they do not)."
+    )
     return function
 
 
@@ -63,7 +116,7 @@ def _tensor(x: Any) -> Tensor:
 def where(condition: Any, x1: Any, x2: Any, /) -> Tensor:
     """x1 where `condition` is true, else x2; shapes broadcast."""
     condition = condition if isinstance(condition, Tensor) else _tensor(condition)
-    return apply(lookup("where"), (condition, as_operand(x1), as_operand(x2)))  # type: ignore[no-any-return]
+    return apply(lookup("where"), (condition, as_operand(x1), as_operand(x2)))
 
 
 def clip(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
@@ -71,26 +124,28 @@ def clip(x: Tensor, min: Any = None, max: Any = None) -> Tensor:
     if min is None and max is None:
         return x
     if max is None:
-        return apply(lookup("clip_min"), (x, as_operand(min)))  # type: ignore[no-any-return]
+        return apply(lookup("clip_min"), (x, as_operand(min)))
     if min is None:
-        return apply(lookup("clip_max"), (x, as_operand(max)))  # type: ignore[no-any-return]
-    return apply(lookup("clip"), (x, as_operand(min), as_operand(max)))  # type: ignore[no-any-return]
+        return apply(lookup("clip_max"), (x, as_operand(max)))
+    return apply(lookup("clip"), (x, as_operand(min), as_operand(max)))
 
 
 def round(x: Any, /, decimals: int = 0) -> Tensor:
     """`x` rounded half to even, to `decimals` places."""
     op = lookup("round")
-    return apply(op, (x if isinstance(x, Tensor) else _tensor(x),), (decimals,))  # type: ignore[no-any-return]
+    return apply(op, (x if isinstance(x, Tensor) else _tensor(x),), (decimals,))
 
 
 def masked_fill(x: Tensor, mask: Any, value: Any) -> Tensor:
-    """`value` where `mask` is true, else `x`; shapes broadcast, the dtype is that of `x`, which must hold the value
-    (DTypeError for a fraction in an integer tensor, or a complex number in a real one).
+    """`value` where `mask` is true, else `x`; shapes broadcast, the dtype is that of `x`, which must hold
+    the value (DTypeError for a fraction in an integer tensor, or a complex number in a real one).
     """
     out = where(mask, value, x)
     if kind(out.dtype) > max(kind(x.dtype), 1):
-        raise DTypeError(f"masked_fill: a value of dtype {out.dtype} does not fit a tensor of dtype {x.dtype}; cast one")
-    return out if out.dtype == x.dtype else apply(lookup("astype"), (out,), (x.dtype.name,))  # type: ignore[no-any-return]
+        raise DTypeError(
+            f"masked_fill: a value of dtype {out.dtype} does not fit a tensor of dtype {x.dtype}; cast one"
+        )
+    return out if out.dtype == x.dtype else apply(lookup("astype"), (out,), (x.dtype.name,))
 
 
 __all__ = [*UNARY, *BINARY, "clip", "masked_fill", "round", "where"]

@@ -19,9 +19,9 @@ COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#eeca3b", "#b
 def explain(*, show: bool = True) -> str:
     """The batch that was sent last (what is pending is sent first), one line for every step that workers run.
 
-    Columns: op; shapes, dtypes and layouts of operands and results; what moved over the mesh and how many bytes
-    each worker sends for it (by the cost model); the line of the program that called it. Prints the table
-    unless show=False; returns it.
+    Columns: op; shapes, dtypes and layouts of operands and results; what moved over the mesh and how many
+    bytes each worker sends for it (by the cost model); the line of the program that called it. Prints the
+    table unless show=False; returns it.
     """
     session = current.session()
     if session.body:
@@ -29,7 +29,9 @@ def explain(*, show: bool = True) -> str:
     if session.last is None:
         text = "nothing has been sent yet"
     else:
-        fed = sum(_fed(t.shape, t.dtype, t.placements, session.axes.shape) for instr, t in _feeds(session.last))
+        fed = sum(
+            _fed(t.shape, t.dtype, t.placements, session.axes.shape) for instr, t in _feeds(session.last)
+        )
         text = table(rows(session.last, session.axes), session.axes, fed)
     if show:
         print(text)
@@ -38,7 +40,11 @@ def explain(*, show: bool = True) -> str:
 
 def _feeds(sent: Any) -> list[Any]:
     program = sent.body.program
-    return [(program.instrs[k], program.instrs[k].outs[0]) for k, _, _ in program.steps if program.instrs[k].op == "feed"]
+    return [
+        (program.instrs[k], program.instrs[k].outs[0])
+        for k, _, _ in program.steps
+        if program.instrs[k].op == "feed"
+    ]
 
 
 def _fed(shape: tuple[int, ...], dtype: str, placements: Any, mesh_shape: tuple[int, ...]) -> int:
@@ -50,7 +56,8 @@ def _fed(shape: tuple[int, ...], dtype: str, placements: Any, mesh_shape: tuple[
 
 
 def visualize(tensor: Tensor, path: str | Path | None = None, *, show: bool = True) -> str:
-    """Which worker holds which slice of `tensor`, as text; with `path`, also as a picture (PNG, by matplotlib).
+    """Which worker holds which slice of `tensor`, as text; with `path`, also as a picture (PNG, by
+    matplotlib).
 
     Workers that hold the same slice share a line. Prints the text unless show=False; returns it.
     """
@@ -88,7 +95,9 @@ def draw(tensor: Tensor, held: dict[tuple[tuple[int, int], ...], list[int]], pat
     try:
         import matplotlib
     except ImportError as error:
-        raise MeshtapeError("visualize(path=...) draws with matplotlib: pip install meshtape[examples]") from error
+        raise MeshtapeError(
+            "visualize(path=...) draws with matplotlib: pip install meshtape[examples]"
+        ) from error
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
@@ -105,10 +114,27 @@ def draw(tensor: Tensor, held: dict[tuple[tuple[int, int], ...], list[int]], pat
     for ((top, bottom), (left, right)), ranks in seen.items():
         if bottom == top or right == left:
             continue
-        axes.add_patch(Rectangle((left, top), right - left, bottom - top, facecolor=COLOURS[min(ranks) % len(COLOURS)],
-                                 edgecolor="white", linewidth=2, alpha=0.85))
-        axes.text((left + right) / 2, (top + bottom) / 2, "worker " + ", ".join(map(str, sorted(ranks))), ha="center",
-                  va="center", color="white", fontsize=10, wrap=True)
+        axes.add_patch(
+            Rectangle(
+                (left, top),
+                right - left,
+                bottom - top,
+                facecolor=COLOURS[min(ranks) % len(COLOURS)],
+                edgecolor="white",
+                linewidth=2,
+                alpha=0.85,
+            )
+        )
+        axes.text(
+            (left + right) / 2,
+            (top + bottom) / 2,
+            "worker " + ", ".join(map(str, sorted(ranks))),
+            ha="center",
+            va="center",
+            color="white",
+            fontsize=10,
+            wrap=True,
+        )
     axes.set_xlim(0, max(width, 1))
     axes.set_ylim(max(height, 1), 0)
     axes.set_xlabel("" if columns_dim is None else f"dimension {columns_dim} ({width})")

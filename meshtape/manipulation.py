@@ -148,7 +148,9 @@ def stack(tensors: Sequence[Any], /, *, axis: int = 0) -> Tensor:
 
 
 def split(x: Tensor, size_or_sections: int | Sequence[int], /, axis: int = 0) -> list[Tensor]:
-    """`x` cut along `axis` into pieces of the given size (the last may be shorter) or sizes (as torch.split)."""
+    """`x` cut along `axis` into pieces of the given size (the last may be shorter) or sizes (as
+    torch.split).
+    """
     a = normalize_axis(axis, x.ndim, "split")
     n = x.shape[a]
     sizes = list(integers(size_or_sections, "split"))
@@ -191,7 +193,9 @@ def roll(x: Tensor, /, shift: int | Sequence[int], *, axis: Axis | None = None) 
 
 
 def pad(x: Tensor, widths: Sequence[tuple[int, int]], value: float = 0.0) -> Tensor:
-    """`x` with `widths[d] = (before, after)` elements of `value` around each dimension; negative widths crop."""
+    """`x` with `widths[d] = (before, after)` elements of `value` around each dimension; negative widths
+    crop.
+    """
     pairs = tuple((int(a), int(b)) for a, b in widths)
     if len(pairs) != x.ndim:
         raise ShapeError(f"pad: {len(pairs)} pairs of widths for {x.ndim} dimensions; give one pair for each")
@@ -257,7 +261,32 @@ def topk(x: Tensor, k: int, /, *, axis: int = -1, largest: bool = True) -> tuple
 
 
 
-__all__ = ["argsort", "astype", "broadcast_arrays", "broadcast_to", "concat", "cumulative_sum", "expand_dims",
-           "flatten", "flip", "matrix_transpose", "moveaxis", "pad", "permute_dims", "reshape", "roll", "sort",
-           "sort_with_indices", "split", "squeeze", "stack", "swapaxes", "take", "take_along_axis", "topk", "tril",
-           "triu", "unstack"]
+__all__ = [
+    "argsort",
+    "astype",
+    "broadcast_arrays",
+    "broadcast_to",
+    "concat",
+    "cumulative_sum",
+    "expand_dims",
+    "flatten",
+    "flip",
+    "matrix_transpose",
+    "moveaxis",
+    "pad",
+    "permute_dims",
+    "reshape",
+    "roll",
+    "sort",
+    "sort_with_indices",
+    "split",
+    "squeeze",
+    "stack",
+    "swapaxes",
+    "take",
+    "take_along_axis",
+    "topk",
+    "tril",
+    "triu",
+    "unstack",
+]

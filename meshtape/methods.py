@@ -9,20 +9,83 @@ from meshtape.autograd import Tensor, apply, as_tensor
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import lookup
 
-POINTWISE = ("abs", "exp", "expm1", "log", "log1p", "log2", "log10", "sqrt", "rsqrt", "square", "reciprocal", "sin",
-             "cos", "tan", "sinh", "cosh", "tanh", "sigmoid", "relu", "erf", "floor", "ceil", "trunc", "sign",
-             "isfinite", "isnan", "isinf", "maximum", "minimum", "clip", "masked_fill", "round", "pow")
-REDUCING = ("sum", "prod", "mean", "max", "min", "any", "all", "argmax", "argmin", "var", "std", "logsumexp", "norm",
-            "count_nonzero")
-SHAPING = ("astype", "flatten", "swapaxes", "moveaxis", "squeeze", "broadcast_to", "flip", "roll", "split", "tril",
-           "triu", "take", "take_along_axis", "sort", "argsort", "topk", "unstack")
+POINTWISE = (
+    "abs",
+    "exp",
+    "expm1",
+    "log",
+    "log1p",
+    "log2",
+    "log10",
+    "sqrt",
+    "rsqrt",
+    "square",
+    "reciprocal",
+    "sin",
+    "cos",
+    "tan",
+    "sinh",
+    "cosh",
+    "tanh",
+    "sigmoid",
+    "relu",
+    "erf",
+    "floor",
+    "ceil",
+    "trunc",
+    "sign",
+    "isfinite",
+    "isnan",
+    "isinf",
+    "maximum",
+    "minimum",
+    "clip",
+    "masked_fill",
+    "round",
+    "pow",
+)
+REDUCING = (
+    "sum",
+    "prod",
+    "mean",
+    "max",
+    "min",
+    "any",
+    "all",
+    "argmax",
+    "argmin",
+    "var",
+    "std",
+    "logsumexp",
+    "norm",
+    "count_nonzero",
+)
+SHAPING = (
+    "astype",
+    "flatten",
+    "swapaxes",
+    "moveaxis",
+    "squeeze",
+    "broadcast_to",
+    "flip",
+    "roll",
+    "split",
+    "tril",
+    "triu",
+    "take",
+    "take_along_axis",
+    "sort",
+    "argsort",
+    "topk",
+    "unstack",
+)
 
 
 def _axes_or_star(function: Any) -> Any:
     """Methods that take a shape either as one sequence or as several ints."""
     def method(self: Tensor, *shape: Any) -> Tensor:
         one = len(shape) == 1 and isinstance(shape[0], list | tuple)
-        return function(self, shape[0] if one else shape)  # type: ignore[no-any-return]
+        return function(self, shape[0] if one else shape)
     return method
 
 
@@ -129,12 +192,29 @@ def install() -> None:
         for name in names:
             setattr(Tensor, name, getattr(module, name))
     plain = {
-        "reshape": _axes_or_star(manipulation.reshape), "permute": _permute, "permute_dims": _permute,
-        "transpose": _transpose, "expand": _expand, "expand_dims": _expand_dims, "unsqueeze": _expand_dims,
-        "matmul": contraction.matmul, "cumsum": manipulation.cumulative_sum, "to": _to, "clone": _clone,
-        "numel": _numel, "__getitem__": _getitem, "__setitem__": _setitem, "__iter__": _iter, "fill_": _fill_,
-        "zero_": lambda self: _fill_(self, 0), "copy_": _copy_, "__array_namespace__": _namespace,
-        "add_": _in_place("add"), "sub_": _in_place("sub"), "mul_": _in_place("mul"), "div_": _in_place("divide"),
+        "reshape": _axes_or_star(manipulation.reshape),
+        "permute": _permute,
+        "permute_dims": _permute,
+        "transpose": _transpose,
+        "expand": _expand,
+        "expand_dims": _expand_dims,
+        "unsqueeze": _expand_dims,
+        "matmul": contraction.matmul,
+        "cumsum": manipulation.cumulative_sum,
+        "to": _to,
+        "clone": _clone,
+        "numel": _numel,
+        "__getitem__": _getitem,
+        "__setitem__": _setitem,
+        "__iter__": _iter,
+        "fill_": _fill_,
+        "zero_": lambda self: _fill_(self, 0),
+        "copy_": _copy_,
+        "__array_namespace__": _namespace,
+        "add_": _in_place("add"),
+        "sub_": _in_place("sub"),
+        "mul_": _in_place("mul"),
+        "div_": _in_place("divide"),
     }
     for name, method in plain.items():
         setattr(Tensor, name, method)

@@ -18,7 +18,7 @@ def _reduce(name: str, x: Any, axis: Axis, keepdims: bool, *more: Any) -> Tensor
     where = None if axis is None else normalize_axes(axis, x.ndim, name)
     if where == () and axis != ():
         where = None
-    return apply(lookup(name), (x,), (where, bool(keepdims), *more))  # type: ignore[no-any-return]
+    return apply(lookup(name), (x,), (where, bool(keepdims), *more))
 
 
 def sum(x: Any, /, axis: Axis = None, *, dtype: AnyDType = None, keepdims: bool = False) -> Tensor:
@@ -68,7 +68,7 @@ def logsumexp(x: Any, /, axis: Axis = None, *, keepdims: bool = False) -> Tensor
 
 def _arg(name: str, x: Any, axis: int | None, keepdims: bool) -> Tensor:
     x = x if isinstance(x, Tensor) else as_tensor(x)
-    return apply(lookup(name), (x,), (  # type: ignore[no-any-return]
+    return apply(lookup(name), (x,), (
         None if axis is None or x.ndim == 0 else normalize_axis(axis, x.ndim, name), bool(keepdims)))
 
 
@@ -100,14 +100,28 @@ def var(x: Any, /, axis: Axis = None, *, correction: float = 0.0, keepdims: bool
 
 def std(x: Any, /, axis: Axis = None, *, correction: float = 0.0, keepdims: bool = False) -> Tensor:
     """Standard deviation over `axis`: the square root of var()."""
-    return apply(lookup("sqrt"), (var(x, axis, correction=correction, keepdims=keepdims),))  # type: ignore[no-any-return]
+    return apply(lookup("sqrt"), (var(x, axis, correction=correction, keepdims=keepdims),))
 
 
 def norm(x: Any, /, axis: Axis = None, *, keepdims: bool = False) -> Tensor:
     """Euclidean norm over `axis`."""
     x = x if isinstance(x, Tensor) else as_tensor(x)
-    return apply(lookup("sqrt"), (sum(x * x, axis, keepdims=keepdims),))  # type: ignore[no-any-return]
+    return apply(lookup("sqrt"), (sum(x * x, axis, keepdims=keepdims),))
 
 
-__all__ = ["all", "any", "argmax", "argmin", "count_nonzero", "logsumexp", "max", "mean", "min", "norm", "prod",
-           "std", "sum", "var"]
+__all__ = [
+    "all",
+    "any",
+    "argmax",
+    "argmin",
+    "count_nonzero",
+    "logsumexp",
+    "max",
+    "mean",
+    "min",
+    "norm",
+    "prod",
+    "std",
+    "sum",
+    "var",
+]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+
 from meshtape.runtime.errors import MeshError
 from meshtape.scheduler import current
 from meshtape.scheduler.session import Session
@@ -76,14 +77,24 @@ def init(workers: int | None = None, *, backend: str | None = None, mesh: Mappin
         current.use(None)
         old = None
     if old is not None and old.mesh.kind != "inline":
-        raise MeshError(f"init(): a mesh of {old.mesh.size} workers is running; call meshtape.shutdown() first")
-    made = make_mesh(workers, backend=backend, mesh=None if mesh is None else dict(mesh), address=address,
-                     devices=devices, threads_per_worker=threads_per_worker, heartbeat_timeout=heartbeat_timeout,
-                     channel=channel, timeout=timeout)
+        raise MeshError(
+            f"init(): a mesh of {old.mesh.size} workers is running; call meshtape.shutdown() first"
+        )
+    made = make_mesh(
+        workers,
+        backend=backend,
+        mesh=None if mesh is None else dict(mesh),
+        address=address,
+        devices=devices,
+        threads_per_worker=threads_per_worker,
+        heartbeat_timeout=heartbeat_timeout,
+        channel=channel,
+        timeout=timeout,
+    )
     if old is not None:
         if old.stats.batches or old.body:
-            warnings.warn("init(): tensors made before init() stay with the worker in this process and cannot be "
-                          "used with the new mesh", stacklevel=2)
+            warnings.warn("init(): tensors made before init() stay with the worker in this process and "
+                          "cannot be used with the new mesh", stacklevel=2)
         old.close()
     return MeshHandle(current.use(Session(made)))
 
@@ -112,7 +123,8 @@ def synchronize() -> None:
 
 
 def manual_seed(seed: int) -> None:
-    """Start the stream of random numbers again at `seed`: same seed, same program, same numbers on any mesh."""
+    """Start the stream of random numbers again at `seed`: same seed, same program, same numbers on any mesh.
+    """
     session = current.session()
     session.seed = int(seed) & 0xFFFFFFFFFFFFFFFF
     session.draws = 0

@@ -1,8 +1,8 @@
 """A compiled body as one straight Python function: no interpretation per step, operands in local variables.
 
-The source is made from slot numbers only; kernels and attribute values are bound as globals by position, so no text
-of a message ever becomes code. When a kernel raises, the failing step is known from the line number, and the
-values so far from the frame; the interpreter then carries on from there.
+The source is made from slot numbers only; kernels and attribute values are bound as globals by position, so
+no text of a message ever becomes code. When a kernel raises, the failing step is known from the line number,
+and the values so far from the frame; the interpreter then carries on from there.
 """
 
 from __future__ import annotations

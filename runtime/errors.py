@@ -1,4 +1,6 @@
-"""Every exception that meshtape raises on purpose. A message says what was given, what was needed, what to do."""
+"""Every exception that meshtape raises on purpose. A message says what was given, what was needed, what to
+do.
+"""
 
 from __future__ import annotations
 

@@ -13,9 +13,9 @@ LIMIT = 1 << 30
 def keep_pages() -> None:
     """Let malloc keep the pages of freed arrays for the next ones (glibc only; elsewhere nothing happens).
 
-    By default glibc maps each array of more than 128 KB (at most 32 MB, as it learns) anew and unmaps it when it
-    is freed, so that a kernel's first touch of its result is a page fault for every 4 KB. A program that
-    repeats the same batch wants the same pages again.
+    By default glibc maps each array of more than 128 KB (at most 32 MB, as it learns) anew and unmaps it
+    when it is freed, so that a kernel's first touch of its result is a page fault for every 4 KB. A program
+    that repeats the same batch wants the same pages again.
     """
     if not sys.platform.startswith("linux"):
         return

@@ -3,12 +3,14 @@
 The scheduler chooses the path; here each hop between two neighbouring placements is turned into a call.
     Partial -> Replicate   all_reduce          Shard(d) -> Replicate  all_gather
     Partial -> Shard(d)    reduce_scatter      Shard(d) -> Shard(e)   all_to_all
-    Replicate -> Shard(d)  cut, no traffic     any -> Partial         coordinate 0 keeps the values, the others add nothing
+    Replicate -> Shard(d)  cut, no traffic     any -> Partial         no traffic: coordinate 0 keeps
+                                                                      the values, the others add nothing
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from meshtape.runtime.shards import REPLICATE, Placements, Shape, is_partial, piece, split, split_sizes
@@ -26,7 +28,7 @@ def compile_path(xp: Any, shape: Shape, path: Sequence[Placements], mesh_shape: 
                  coord: Sequence[int], communicators: Sequence[Any]) -> Hop:
     """A function from this worker's local array under path[0] to its local array under path[-1]."""
     hops = [compile_hop(xp, shape, before, after, mesh_shape, coord, communicators)
-            for before, after in zip(path, path[1:], strict=False)]
+            for before, after in pairwise(path)]
 
     def run(x: Any) -> Any:
         for hop in hops:

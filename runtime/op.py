@@ -7,21 +7,22 @@ kernel       `(xp, *arrays, **attrs) -> array | tuple`, one body for NumPy and C
              may return a view of them. If it has a parameter `out`, it can write there.
 attrs        attribute names with their defaults, in wire order (REQUIRED where there is none)
 shape        `(*shapes, **attrs) -> list of output shapes`; raises ShapeError
-dtype        `(*dtypes, **attrs) -> (input dtypes, output dtypes)`: what the inputs are cast to first, and what
-             comes out; raises DTypeError. A weak Python scalar is stood for by its type and is never cast.
+dtype        `(*dtypes, **attrs) -> (input dtypes, output dtypes)`: what the inputs are cast to first, and
+             what comes out; raises DTypeError. A weak Python scalar is stood for by its type and never cast.
 axes         `(*shapes, **attrs) -> Axes`, or a string like "mk,kn->mn": how dimensions move together
-linear       sets of inputs through which Partial("sum") may pass: if exactly the inputs of one set are Partial
-             and the others replicated, the output is Partial. `((0, 1),)` add, `((0,), (1,))` mul; "joint" is
-             the set of all inputs, however many there are.
+linear       sets of inputs through which Partial("sum") may pass: if exactly the inputs of one set are
+             Partial and the others replicated, the output is Partial. `((0, 1),)` add, `((0,), (1,))` mul;
+             "joint" means all inputs together.
 local        `(attrs, io) -> attrs` as one worker sees them; default: unchanged
-elementwise  the expression the fuser may inline, in terms of the kernel's parameter names
+elementwise  the op as an expression in the kernel's parameter names; set for pointwise ops only
 vjp          one function `(g, out, *inputs, **attrs) -> tensor | None` per input (None: no derivative), or a
              single function returning a tuple, where the inputs' gradients share work. Written in terms of
-             other rows, so that derivatives of derivatives work. For several outputs `g` and `out` are tuples.
-keeps        names of the kernel's parameters that the vjp reads, and "out" (or "out0", "out1"); everything else
-             arrives as its Spec, which has shape and dtype but no values
-over         `(number of inputs, attrs) -> pairs (output, input)`: inputs that an output may be written over, when
-             nobody else reads them. Pointwise ops (with `elementwise`) need none.
+             other rows, so that derivatives of derivatives work. Of several outputs `g` and `out` are tuples.
+keeps        names of the kernel's parameters that the vjp reads, and "out" (or "out0", "out1"); everything
+             else arrives as its Spec, which has shape and dtype but no values
+n_out        number of outputs; -1: as many as the shape rule says
+over         `(number of inputs, attrs) -> pairs (output, input)`: inputs that an output may be written over,
+             when nobody else reads them. Pointwise ops (with `elementwise`) need none.
 samples      `() -> list of Sample`: what the generic tests run
 """
 
@@ -184,12 +185,12 @@ ALPHABET = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 def integers(given: Any, name: str = "") -> tuple[int, ...]:
-    """One integer or several, NumPy's included, as a tuple of Python's; raises ShapeError on anything else."""
+    """One integer or several (also NumPy's) as a tuple of Python's; raises ShapeError on anything else."""
     try:
         return tuple(map(index, given)) if hasattr(given, "__iter__") else (index(given),)
     except TypeError as error:
-        raise ShapeError(f"{name + ': ' if name else ''}{given!r} given where an integer or a tuple of integers is "
-                         f"needed") from error
+        raise ShapeError(f"{name + ': ' if name else ''}{given!r} given where an integer or a tuple of "
+                         f"integers is needed") from error
 
 
 def normalize_axis(axis: int, ndim: int, name: str = "") -> int:

@@ -1,4 +1,5 @@
-"""Compiling a batch's body for one worker: ops resolved, attributes made local, releases and reuses placed."""
+"""Compiling a batch's body for one worker: ops resolved, attributes made local, releases and reuses placed.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from meshtape.runtime.shards import Shape, piece
 
 
 class Call(NamedTuple):
-    """What one instruction runs: `function(*arrays, **attrs)`, its op (None for moves and feeds), and the types
-    of a collective's inputs (empty otherwise). `many`: it returns a sequence of arrays."""
+    """What one instruction runs: `function(*arrays, **attrs)`, its op (None for moves and feeds), and the
+    types of a collective's inputs (empty otherwise). `many`: it returns a sequence of arrays.
+    """
 
     function: Callable[..., Any]
     attrs: dict[str, Any]
@@ -27,8 +29,9 @@ class Call(NamedTuple):
 
 
 class Step(NamedTuple):
-    """One call in its place: operand slots (negative: scalars), slots to release after it, and which outputs may
-    be written over which inputs."""
+    """One call in its place: operand slots (negative: scalars), slots to release after it, and which outputs
+    may be written over which inputs.
+    """
 
     call: Call
     ins: tuple[int, ...]
@@ -38,8 +41,9 @@ class Step(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """A body ready to run: `external` slots are bound from the block table before the first step (`taken` ones
-    leave it), `kept` slots enter it after the last, copied if `sharing` says so."""
+    """A body ready to run: `external` slots are bound from the block table before the first step (`taken`
+    ones leave it), `kept` slots enter it after the last, copied if `sharing` says so.
+    """
 
     steps: tuple[Step, ...]
     n_slots: int
@@ -122,5 +126,6 @@ def compile_instr(instr: Instr, site: Site) -> Call:
 
 
 def placeholder(t: TensorType, site: Site) -> Any:
-    """Zeros that stand in for a value that could not be computed, so that peers in a collective do not hang."""
+    """Zeros that stand in for a value that could not be computed, so that peers in a collective do not hang.
+    """
     return site.xp.zeros(local_shape(t, site), canonical(t.dtype))

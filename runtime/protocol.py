@@ -1,8 +1,8 @@
 """Every message between the driver and its workers. Plain values and arrays; nothing here is pickled.
 
-A *batch* is what the driver recorded between two flushes. Its *body* (a Program) repeats from step to step, so
-it is sent once and then named by its digest; a Run carries what changes: the global ids bound to the body's
-slots, the values of Python scalars, and the arrays that the user fed in.
+A *batch* is what the driver recorded between two flushes. Its *body* (a Program) repeats from step to step,
+so it is sent once and then named by its digest; a Run carries what changes: the global ids bound to the
+body's slots, the values of Python scalars, and the arrays that the user fed in.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ def plain(value: Any) -> Any:
         return tuple(plain(v) for v in value)
     if isinstance(value, int) and -2 ** 63 <= value < 2 ** 64:
         return int(value)
-    raise TypeError(f"{value!r} of type {type(value).__name__} is none of the values that an operation can be "
-                    f"given: None, bool, str, float, int of 64 bits, or a sequence of these")
+    raise TypeError(f"{value!r} of type {type(value).__name__} is none of the values that an operation can "
+                    f"be given: None, bool, str, float, int of 64 bits, or a sequence of these")
 
 
 def freeze(value: Any) -> Any:

@@ -1,11 +1,11 @@
 """Which results may be written over which operands, and which kept values must be copied. Pure.
 
-Arrays are followed in *groups* that may share memory: a kernel that takes `out` makes an array of its own, any
-other may return a view of its inputs. What the block table holds is always an array of its own: a kept view is
-copied when the batch ends, and so is a kept feed, which belongs to whoever fed it. So a block that the user has
-let go, and every temporary whose group is not read again, can be overwritten where an op allows it: pointwise ops
-(their `elementwise` column is set) over an input of the same shape and dtype, and ops that say so themselves by
-the column `over`. Views themselves are never written to.
+Arrays are followed in *groups* that may share memory: a kernel that takes `out` makes an array of its own,
+any other may return a view of its inputs. What the block table holds is always an array of its own: a kept
+view is copied when the batch ends, and so is a kept feed, which belongs to whoever fed it. So a block that
+the user has let go, and every temporary whose group is not read again, can be overwritten where an op allows
+it: pointwise ops (their `elementwise` column is set) over an input of the same shape and dtype, and ops that
+say so themselves by the column `over`. Views themselves are never written to.
 """
 
 from __future__ import annotations
@@ -40,12 +40,17 @@ class Sharing(NamedTuple):
     feeds: frozenset[int]
 
 
-def reuses(steps: Sequence[tuple[Any, tuple[int, ...], tuple[int, ...]]], last: Mapping[int, int],
-           taken: frozenset[int], kept: Sequence[int], types: Mapping[int, Any]) -> tuple[list[Reuse], Sharing]:
+def reuses(
+    steps: Sequence[tuple[Any, tuple[int, ...], tuple[int, ...]]],
+    last: Mapping[int, int],
+    taken: frozenset[int],
+    kept: Sequence[int],
+    types: Mapping[int, Any],
+) -> tuple[list[Reuse], Sharing]:
     """For every step (call, ins, outs) its reuses, and which kept slots share memory.
 
-    `last` is the step after which a slot is not read; `taken` are external slots that nobody else holds; `types`
-    gives local (shape, dtype) by slot.
+    `last` is the step after which a slot is not read; `taken` are external slots that nobody else holds;
+    `types` gives local (shape, dtype) by slot.
     """
     groups = Groups()
     own, views, feeds, made = set(taken), set[int](), set[int](), set[int]()
@@ -56,7 +61,7 @@ def reuses(steps: Sequence[tuple[Any, tuple[int, ...], tuple[int, ...]]], last: 
         made.update(outs)
         if call.op is None and not call.meets:
             feeds.update(outs)
-        elif len(outs) > 1 and call.op is None or call.op is not None and call.op.takes_out:
+        elif (len(outs) > 1 and call.op is None) or (call.op is not None and call.op.takes_out):
             own.update(outs)                # a bucket's results are parts of one array that do not overlap
         else:
             views.update(outs)
@@ -71,7 +76,10 @@ def reuses(steps: Sequence[tuple[Any, tuple[int, ...], tuple[int, ...]]], last: 
     # A kept view is copied when the batch ends, and must find its memory unchanged then.
     ends = {g: NEVER if g in alien else max(NEVER if s in kept_set else last.get(s, -1) for s in slots)
             for g, slots in members.items()}
-    found = [_step_reuse(call, ins, outs, at, own, groups, ends, types) for at, (call, ins, outs) in enumerate(steps)]
+    found = [
+        _step_reuse(call, ins, outs, at, own, groups, ends, types)
+        for at, (call, ins, outs) in enumerate(steps)
+    ]
     return found, Sharing(frozenset(views & kept_set), frozenset(feeds & kept_set))
 
 
@@ -89,7 +97,12 @@ def _step_reuse(call: Any, ins: tuple[int, ...], outs: tuple[int, ...], at: int,
     chosen: dict[int, int] = {}
     for out, i in pairs:
         slot = ins[i]
-        if out in chosen or slot not in own or ins.count(slot) > 1 or ends.get(groups.find(slot), NEVER) != at:
+        if (
+            out in chosen
+            or slot not in own
+            or ins.count(slot) > 1
+            or ends.get(groups.find(slot), NEVER) != at
+        ):
             continue
         if types[slot] == (call.shapes[out], call.dtypes[out]) and i not in chosen.values():
             chosen[out] = i

@@ -121,7 +121,7 @@ class Worker:
             value = slots[slot]
             if type(value) is Poison:
                 self.poisoned += 1
-            elif slot in program.sharing.feeds or slot in program.sharing.views and value.base is not None:
+            elif slot in program.sharing.feeds or (slot in program.sharing.views and value.base is not None):
                 value = self.site.xp.array(value)
             self.blocks[run.ids[slot]] = value
 
@@ -129,8 +129,12 @@ class Worker:
               failures: list[Failure]) -> None:
         call = step.call
         try:
-            result = call.function(*args) if call.op is None else call.function(self.site.xp, *args, **call.attrs)
-            for slot, dtype, value in zip(step.outs, call.dtypes, result if call.many else (result,), strict=True):
+            result = (
+                call.function(*args) if call.op is None else call.function(self.site.xp, *args, **call.attrs)
+            )
+            for slot, dtype, value in zip(
+                step.outs, call.dtypes, result if call.many else (result,), strict=True
+            ):
                 if type(value) is not np.ndarray or value.dtype is not dtype:
                     body.convert[at] = True
                     value = self.site.xp.asarray(value, dtype)

@@ -29,7 +29,8 @@ class Body(NamedTuple):
 
 def assemble(recorded: Sequence[int], instrs: Sequence[Instr], n_slots: int, dead: tuple[int, ...],
              temporary: Sequence[int], number: Callable[[Instr], int], workers: int) -> Body:
-    """The body of a recorded batch, its reductions merged and bucketed where there is more than one worker."""
+    """The body of a recorded batch, its reductions merged and bucketed where there is more than one worker.
+    """
     steps = unflatten(recorded, instrs)
     if workers > 1:
         steps = merge_duplicates(steps, instrs, frozenset(temporary))

@@ -1,7 +1,8 @@
 """From a recorded batch to the body that workers run: duplicate reductions merged, reductions bucketed.
 
-Pure: tuples in, tuples out. A gradient reduction is recorded right after the gradient; here it is put off until
-a result of its bucket is first needed (or the bucket is full), so that one collective carries many gradients.
+Pure: tuples in, tuples out. A gradient reduction is recorded right after the gradient; here it is put off
+until a result of its bucket is first needed (or the bucket is full), so that one collective carries many
+gradients.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ BUCKET_BYTES = 16 << 20
 
 
 class Recorded(NamedTuple):
-    """One recorded instruction: its number, slots (negative inputs are scalars), and its place in the batch."""
+    """One recorded instruction: its number, slots (negative inputs are scalars), and its place in the batch.
+    """
 
     number: int
     ins: tuple[int, ...]
@@ -51,9 +53,9 @@ def merge_duplicates(steps: Sequence[Recorded], instrs: Sequence[Instr], tempora
                      ) -> list[Recorded]:
     """A value of this batch that several ops need in one other layout is redistributed once.
 
-    Only where the result is a temporary: one that the user can reach keeps its own slot. Values from before the
-    batch are left alone unless they are Partial: a parameter that was gathered for forward is better gathered
-    again for backward than kept whole in between.
+    Only where the result is a temporary: one that the user can reach keeps its own slot. Values from before
+    the batch are left alone unless they are Partial: a parameter that was gathered for forward is better
+    gathered again for backward than kept whole in between.
     """
     known: dict[tuple[int, int], int] = {}
     same: dict[int, int] = {}

@@ -2,8 +2,9 @@
 
 Alpha-beta model: a collective over n workers on B local bytes takes
     alpha * (hops + 1) + bytes on the wire / bandwidth
-(one alpha for starting it) with hops = n-1 for all-gather, reduce-scatter and all-to-all, 2(n-1) for all-reduce (the ring's figures, as in
-Thakur, Rabenseifner and Gropp 2005), and (n-1)/n B, 2(n-1)/n B, (n-1)/n^2 B bytes for the *whole* tensor's B.
+(one alpha for starting it) with hops = n-1 for all-gather, reduce-scatter and all-to-all, 2(n-1) for
+all-reduce (the ring's figures, as in Thakur, Rabenseifner and Gropp 2005), and (n-1)/n B, 2(n-1)/n B,
+(n-1)/n^2 B bytes for the *whole* tensor's B.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def move_bytes(before: Placement, after: Placement, whole: float, n: int) -> flo
 
     `whole` is the size in bytes of the tensor as if that axis were not there.
     """
-    if n == 1 or before == after or before == REPLICATE or is_partial(after):
+    if n == 1 or before in (after, REPLICATE) or is_partial(after):
         return 0.0
     if is_partial(before):
         return whole * (n - 1) / n * (2 if after == REPLICATE else 1)
@@ -56,13 +57,13 @@ def move_bytes(before: Placement, after: Placement, whole: float, n: int) -> flo
 def move_seconds(before: Placement, after: Placement, whole: float, n: int, link: Link) -> float:
     """Time of that change. Cutting a replicated tensor is local and costs nothing worth counting.
 
-    Spreading a sharded tensor over Partial moves nothing either, but whoever reads it must reduce it whole: that
-    is priced in, or plans would put off an all-gather for an all-reduce of twice the cost.
+    Spreading a sharded tensor over Partial moves nothing either, but whoever reads it must reduce it whole:
+    that is priced in, or plans would put off an all-gather for an all-reduce of twice the cost.
     """
     if n > 1 and is_partial(after) and not is_partial(before) and before != REPLICATE:
         return move_seconds(after, REPLICATE, whole, n, link)
     wire = move_bytes(before, after, whole, n)
-    if n == 1 or before == after or before == REPLICATE or is_partial(after):
+    if n == 1 or before in (after, REPLICATE) or is_partial(after):
         return 0.0
     hops = 2 * (n - 1) if is_partial(before) and after == REPLICATE else n - 1
     return (hops + 1) * link.latency + wire / link.bandwidth

@@ -155,8 +155,8 @@ def explain(failure: Failure, sent: Sent) -> WorkerError:
     shapes = ", ".join("scalar" if t is None else f"{t.shape} {t.dtype} {placements_text(t.placements)}"
                        for t in instr.ins)
     where = site_text(sent.sites[sent.body.origin[failure.step]])
-    return WorkerError(f"{instr.op}({shapes}) failed on rank {failure.rank}: {failure.kind}: {failure.message} "
-                       f"({where})")
+    return WorkerError(f"{instr.op}({shapes}) failed on rank {failure.rank}: {failure.kind}: "
+                       f"{failure.message} ({where})")
 
 
 def placements_text(placements: Placements) -> str:

@@ -1,7 +1,8 @@
 """Layouts: how a tensor lies on a mesh of workers.
 
-A user writes `Shard(0)`, `Replicate()`, `Partial("sum")` (DTensor's words), one per mesh axis. Inside, a Spec
-carries the same as a tuple of placements (meshtape.runtime.shards). Specs are interned: equal means identical.
+A user writes `Shard(0)`, `Replicate()`, `Partial("sum")` (DTensor's words), one per mesh axis. Inside, a
+Spec carries the same as a tuple of placements (meshtape.runtime.shards). Specs are interned: equal means
+identical.
 """
 
 from __future__ import annotations
@@ -128,8 +129,8 @@ def parse_layout(layout: AnyLayout, axes: Axes, ndim: int) -> Placements:
                               f"{len(axes.names)} axes {list(axes.names)}: give one for each")
         out = [to_code(p, ndim) for p in layout]
     else:
-        raise LayoutError(f"layout {layout!r} is none; use Shard(dim), Replicate(), Partial(), a dict by axis "
-                          f"name, or a sequence with one placement per mesh axis")
+        raise LayoutError(f"layout {layout!r} is none; use Shard(dim), Replicate(), Partial(), a dict by "
+                          f"axis name, or a sequence with one placement per mesh axis")
     return tuple(p if n > 1 else REPLICATE for p, n in zip(out, axes.shape, strict=True))
 
 
@@ -155,7 +156,17 @@ def to_code(placement: AnyPlacement, ndim: int) -> Placement:
 class Spec:
     """Shape, dtype and placements of a tensor on one mesh. Interned by Specs.get: compare with `is`."""
 
-    __slots__ = ("differentiable", "dtype", "ndim", "owner", "placements", "shape", "weak", "weak_type", "wire")
+    __slots__ = (
+        "differentiable",
+        "dtype",
+        "ndim",
+        "owner",
+        "placements",
+        "shape",
+        "weak",
+        "weak_type",
+        "wire",
+    )
 
     def __init__(self, owner: Any, shape: Shape, dtype: Any, placements: Placements, weak: bool) -> None:
         self.owner = owner

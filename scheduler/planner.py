@@ -1,9 +1,9 @@
 """The planner: from an op and the specs of its inputs to layouts, moves and a cost. Pure; sees no array.
 
 For each mesh axis an op offers *strategies*: leave every input replicated, split one index letter, or let
-Partial pass through a set of inputs in which the op is linear. The plan takes, over all mesh axes together, the
-combination of least modelled time: moves of the inputs + compute divided by the split. Where every input is
-replicated along an axis, splitting also pays for gathering the result back, so small work stays whole.
+Partial pass through a set of inputs in which the op is linear. The plan takes, over all mesh axes together,
+the combination of least modelled time: moves of the inputs + compute divided by the split. Where every input
+is replicated along an axis, splitting also pays for gathering the result back, so small work stays whole.
 Ties: touch nothing first, then divide.
 """
 
@@ -85,7 +85,8 @@ class Planner:
 
     def plan(self, op: Op, attrs: tuple[Any, ...], specs: tuple[Spec, ...],
              placements: Placements | None = None) -> Plan:
-        """Plan `op`. `placements` fixes the first output's layout (creation); raises ShapeError, DTypeError."""
+        """Plan `op`. `placements` fixes the first output's layout (creation); raises ShapeError, DTypeError.
+        """
         attrs = plain(attrs)
         named = op.unpack(attrs)
         shapes = tuple(s.shape for s in specs)
@@ -130,12 +131,16 @@ class Planner:
         return tuple(before), tuple(arrived), wire
 
     def route(self, spec: Spec, target: Placements) -> Route:
-        return route(spec.shape, int(spec.dtype.itemsize), spec.placements, target, self.axes.shape, self.links)
+        return route(
+            spec.shape, int(spec.dtype.itemsize), spec.placements, target, self.axes.shape, self.links
+        )
 
     def move(self, spec: Spec, target: Placements) -> int:
         """Number of the instruction that redistributes a tensor of `spec` to `target`."""
         there = self.specs.get(spec.shape, spec.dtype, target)
-        return self.number(Instr("redistribute", (self.route(spec, target).path,), (spec.wire,), (there.wire,)))
+        return self.number(
+            Instr("redistribute", (self.route(spec, target).path,), (spec.wire,), (there.wire,))
+        )
 
     # --- choosing layouts ---------------------------------------------------------------------------
 
@@ -168,7 +173,9 @@ class Planner:
             if best is None or key < best[0]:
                 best = (key, ins, outs, seconds)
         if best is None:
-            raise MeshtapeError(f"{op.name}: no way to produce the layout {placements}; redistribute afterwards")
+            raise MeshtapeError(
+                f"{op.name}: no way to produce the layout {placements}; redistribute afterwards"
+            )
         return best[1], best[2], best[3]
 
     def _price(self, specs: Sequence[Spec], ins: Sequence[Placements], outs: Sequence[Placements],
@@ -209,7 +216,8 @@ class Planner:
 
     def _pinned(self, attrs: dict[str, Any], specs: Sequence[Spec], n_outs: int,
                 ) -> tuple[list[Placements], list[Placements], float]:
-        """Optimizer updates: gradients and states come to where each parameter lies, and results stay there."""
+        """Optimizer updates: gradients and states come to where each parameter lies, and results stay there.
+        """
         n = attrs["n"]
         tensors = [i for i, s in enumerate(specs) if not s.weak]
         homes = [tuple(REPLICATE if is_partial(p) else p for p in specs[i].placements) for i in tensors[:n]]
@@ -227,8 +235,8 @@ class Planner:
         moved = [s for s in specs if not s.weak and s.placements != none]
         if moved and op.name not in self._warned:
             self._warned.add(op.name)
-            warnings.warn(f"{op.name} has no split rule: its inputs are gathered and every worker computes the "
-                          f"whole result", stacklevel=2)
+            warnings.warn(f"{op.name} has no split rule: its inputs are gathered and every worker computes "
+                          f"the whole result", stacklevel=2)
         return [none] * len(specs), [none] * n_outs, sum(self.route(s, none).seconds for s in moved)
 
 
@@ -254,7 +262,9 @@ def strategies(op: Op, letters: Letters, specs: Sequence[Spec]) -> Iterator[Stra
         yield Strategy(ins, outs, letter)
     for group in ([tuple(range(n_in))] if op.linear == "joint" else op.linear):
         if not any(i >= n_in or specs[i].weak for i in group):
-            yield Strategy(tuple("sum" if i in group else REPLICATE for i in range(n_in)), ("sum",) * n_out, "")
+            yield Strategy(
+                tuple("sum" if i in group else REPLICATE for i in range(n_in)), ("sum",) * n_out, ""
+            )
 
 
 def _work(letters: Letters, specs: Sequence[Spec], out_shapes: Sequence[Shape],

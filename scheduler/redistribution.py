@@ -42,9 +42,17 @@ def route(shape: Shape, itemsize: int, before: Placements, after: Placements, me
             whole = bytes_without(shape, itemsize, here, axis, mesh_shape)
             n = mesh_shape[axis]
             count += 1
-            heapq.heappush(queue, (seconds + move_seconds(here[axis], target, whole, n, links[axis]), hops + 1,
-                                   count, there, (*path, there),
-                                   wire + move_bytes(here[axis], target, whole, n)))
+            heapq.heappush(
+                queue,
+                (
+                    seconds + move_seconds(here[axis], target, whole, n, links[axis]),
+                    hops + 1,
+                    count,
+                    there,
+                    (*path, there),
+                    wire + move_bytes(here[axis], target, whole, n),
+                ),
+            )
     raise AssertionError(f"no path from {before} to {after}")
 
 

@@ -15,9 +15,16 @@ from meshtape.scheduler.layout import Axes
 from meshtape.scheduler.redistribution import bytes_without
 from meshtape.scheduler.sites import site_text
 
-
-SHORT = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "float64": "f64", "int64": "i64", "int32": "i32",
-         "complex64": "c64", "complex128": "c128"}
+SHORT = {
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "float32": "f32",
+    "float64": "f64",
+    "int64": "i64",
+    "int32": "i32",
+    "complex64": "c64",
+    "complex128": "c128",
+}
 
 
 class Row(NamedTuple):
@@ -38,8 +45,16 @@ def rows(sent: Sent, axes: Axes) -> list[Row]:
     for (number, _, _), origin in zip(sent.body.program.steps, sent.body.origin, strict=True):
         instr = sent.body.program.instrs[number]
         moved, wire = movement(instr, axes)
-        out.append(Row(instr.op, several([type_text(t) for t in instr.ins if t is not None]),
-                       several([type_text(t) for t in instr.outs]), moved, wire, site_text(sent.sites[origin])))
+        out.append(
+            Row(
+                instr.op,
+                several([type_text(t) for t in instr.ins if t is not None]),
+                several([type_text(t) for t in instr.outs]),
+                moved,
+                wire,
+                site_text(sent.sites[origin]),
+            )
+        )
     return out
 
 
@@ -57,8 +72,11 @@ def movement(instr: Instr, axes: Axes) -> tuple[str, int]:
     """What a step sends over the mesh, in words, and the modelled bytes that each worker sends."""
     if instr.op == "all_reduce_bucket":
         axis, combine = instr.attrs
-        wire = sum(_hop_bytes(t, t.placements, (*t.placements[:axis], REPLICATE, *t.placements[axis + 1:]), axes)
-                   for t in instr.ins if t is not None)
+        wire = sum(
+            _hop_bytes(t, t.placements, (*t.placements[:axis], REPLICATE, *t.placements[axis + 1 :]), axes)
+            for t in instr.ins
+            if t is not None
+        )
         return f"all-reduce({combine}) over {axes.names[axis]}", round(wire)
     if instr.op != "redistribute" or instr.ins[0] is None:
         return "", 0
@@ -81,7 +99,9 @@ def verb(before: int | str, after: int | str) -> str:
     return "all-gather" if after == REPLICATE else "all-to-all"
 
 
-def _hop_bytes(t: TensorType, before: tuple[int | str, ...], after: tuple[int | str, ...], axes: Axes) -> float:
+def _hop_bytes(
+    t: TensorType, before: tuple[int | str, ...], after: tuple[int | str, ...], axes: Axes
+) -> float:
     axis = changed_axis(before, after)
     whole = bytes_without(t.shape, canonical(t.dtype).itemsize, before, axis, axes.shape)
     return move_bytes(before[axis], after[axis], whole, axes.shape[axis])
@@ -108,9 +128,11 @@ def table(found: list[Row], axes: Axes, batch_bytes: int) -> str:
     lines.insert(1, "  ".join("-" * w for w in widths))
     mesh = ", ".join(f"{n}={s}" for n, s in zip(axes.names, axes.shape, strict=True))
     collectives = sum(bool(r.wire) for r in found)
-    lines.append(f"{len(found)} steps on mesh ({mesh}); {collectives} collectives, each worker sends "
-                 f"{bytes_text(sum(r.wire for r in found)) or '0 B'} and is fed {bytes_text(batch_bytes) or '0 B'}. "
-                 f"S0: split on dimension 0, R: replicated, P(sum): addends.")
+    lines.append(
+        f"{len(found)} steps on mesh ({mesh}); {collectives} collectives, each worker sends "
+        f"{bytes_text(sum(r.wire for r in found)) or '0 B'} and is fed {bytes_text(batch_bytes) or '0 B'}. "
+        f"S0: split on dimension 0, R: replicated, P(sum): addends."
+    )
     return "\n".join(lines)
 
 

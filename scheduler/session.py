@@ -1,7 +1,7 @@
 """The session: mints ids, records instructions into the pending batch, flushes, fetches and frees.
 
-It is the only sender: nothing else talks to a mesh. Recording never waits; a fetch does, and a flush only when
-too many batches are in flight.
+It is the only sender: nothing else talks to a mesh. Recording never waits; a fetch does, and a flush only
+when too many batches are in flight.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ class Draw(int):
 class Recording(NamedTuple):
     """Instructions recorded once, to be appended again with other operands.
 
-    `pick` takes the flat entries of the body from a list of instruction `numbers`, the slots of the operands at
-    `uses`, of the scalars `constants`, and of the `made` outputs. `results` are operand positions, or -1 - k
-    for output k, or None; outputs at `hidden` places are temporaries.
+    `pick` takes the flat entries of the body from a list of instruction `numbers`, the slots of the operands
+    at `uses`, of the scalars `constants`, and of the `made` outputs. `results` are operand positions, or -1
+    - k for output k, or None; outputs at `hidden` places are temporaries.
     """
 
     numbers: tuple[int, ...]
@@ -315,8 +315,15 @@ class Session:
         if found is not None:
             self._bodies.move_to_end(key)
             return found
-        body = assemble(self.body, self.planner.instrs, len(self.names), dead, self.temporary, self.planner.number,
-                        self.mesh.size)
+        body = assemble(
+            self.body,
+            self.planner.instrs,
+            len(self.names),
+            dead,
+            self.temporary,
+            self.planner.number,
+            self.mesh.size,
+        )
         self._bodies[key] = body
         if len(self._bodies) > BODIES:
             _, old = self._bodies.popitem(last=False)
@@ -331,7 +338,9 @@ class Session:
         for array, placements in self.feeds:
             split = any(p != REPLICATE for p in placements)
             for rank, coord in enumerate(self.inflight.coords):
-                mine = array[piece(array.shape, placements, self.axes.shape, coord).slices] if split else array
+                mine = (
+                    array[piece(array.shape, placements, self.axes.shape, coord).slices] if split else array
+                )
                 if any(is_partial(p) and c > 0 for p, c in zip(placements, coord, strict=True)):
                     mine = np.zeros_like(mine) if "sum" in placements else mine
                 out[rank].append(mine)
@@ -342,8 +351,8 @@ class Session:
     def fetch(self, wanted: Sequence[tuple[Block, Spec]]) -> list[np.ndarray[Any, Any]]:
         """The values of tensors as NumPy arrays of their own. Waits; raises what went wrong on a worker.
 
-        A tensor that an earlier run of the same batch was asked for has come with the batch's reply, and costs
-        no message.
+        A tensor that an earlier run of the same batch was asked for has come with the batch's reply, and
+        costs no message.
         """
         self.check()
         inflight = self.inflight
@@ -362,7 +371,8 @@ class Session:
         return [found[+b] for b, _ in settled]
 
     def _remember(self, settled: Sequence[tuple[Block, Spec]]) -> None:
-        """What was made by the batch before and is fetched now will come with that batch's reply next time."""
+        """What was made by the batch before and is fetched now will come with that batch's reply next time.
+        """
         last = self.last
         if last is None or last.body is None:
             return

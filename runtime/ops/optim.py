@@ -112,7 +112,8 @@ def _update_all(xp: Any, tensors: Sequence[Any], n: int, groups: int,
 
 
 def _target(xp: Any, given: Any, like: Any) -> Any:
-    """A flat array to write to: `given` itself if it is laid out flat and of the dtype that is computed in."""
+    """A flat array to write to: `given` itself if it is laid out flat and of the dtype that is computed in.
+    """
     if given is not None and given.flags.c_contiguous and given.dtype == like.dtype:
         return given.reshape(-1)
     return xp.empty_like(like)
@@ -178,8 +179,21 @@ sgd_update: Op = register(Op(
 
 # --- Adam and AdamW ---------------------------------------------------------------------------------
 
-def _adam(xp: Any, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float, step: int,
-          *tensors: Any, n: int, decoupled: bool, amsgrad: bool, maximize: bool, out: Any = None) -> list[Any]:
+def _adam(
+    xp: Any,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    *tensors: Any,
+    n: int,
+    decoupled: bool,
+    amsgrad: bool,
+    maximize: bool,
+    out: Any = None,
+) -> list[Any]:
     """`step` counts from 1. With c = sqrt(1 - beta2**step), the update lr / (1 - beta1**step) * m / (sqrt(v)
     / c + eps) is computed as (lr * c / (1 - beta1**step)) * m / (sqrt(v) + eps * c): one pass less."""
     correction = sqrt(1 - beta2**step)

@@ -418,15 +418,25 @@ def test_numpys_integers_and_floats_do_wherever_pythons_do(survivor: mt.Tensor) 
     i, f = np.int64, np.float32
     x = mt.tensor(np.arange(24.0).reshape(2, 3, 4))
     pairs = [
-        (x.sum(axis=i(0)), x.sum(axis=0)), (x.sum(axis=(i(0), i(2))), x.sum(axis=(0, 2))),
-        (x.mean(axis=np.array([0, 1])), x.mean(axis=(0, 1))), (x.argmax(axis=i(1)), x.argmax(axis=1)),
-        (x.reshape(i(6), i(4)), x.reshape(6, 4)), (mt.reshape(x, np.array([6, 4])), x.reshape(6, 4)),
+        (x.sum(axis=i(0)), x.sum(axis=0)),
+        (x.sum(axis=(i(0), i(2))), x.sum(axis=(0, 2))),
+        (x.mean(axis=np.array([0, 1])), x.mean(axis=(0, 1))),
+        (x.argmax(axis=i(1)), x.argmax(axis=1)),
+        (x.reshape(i(6), i(4)), x.reshape(6, 4)),
+        (mt.reshape(x, np.array([6, 4])), x.reshape(6, 4)),
         (mt.permute_dims(x, np.array([2, 0, 1])), mt.permute_dims(x, (2, 0, 1))),
-        (mt.roll(x, i(1), axis=i(2)), mt.roll(x, 1, axis=2)), (F.softmax(x, axis=i(-1)), F.softmax(x, axis=-1)),
-        (mt.concat([x, x], axis=i(1)), mt.concat([x, x], axis=1)), (mt.expand_dims(x, i(0)), mt.expand_dims(x, 0)),
-        (mt.moveaxis(x, i(0), i(2)), mt.moveaxis(x, 0, 2)), (x[i(0)], x[0]), (x[i(0):i(1)], x[:1]),
-        (mt.zeros((i(3),)), mt.zeros(3)), (mt.arange(i(3)), mt.arange(3)), (x + f(2), x + 2.0),
-        (mt.clip(x, f(1), f(2)), mt.clip(x, 1.0, 2.0)), (x.split(i(2), axis=i(2))[1], x.split(2, axis=2)[1]),
+        (mt.roll(x, i(1), axis=i(2)), mt.roll(x, 1, axis=2)),
+        (F.softmax(x, axis=i(-1)), F.softmax(x, axis=-1)),
+        (mt.concat([x, x], axis=i(1)), mt.concat([x, x], axis=1)),
+        (mt.expand_dims(x, i(0)), mt.expand_dims(x, 0)),
+        (mt.moveaxis(x, i(0), i(2)), mt.moveaxis(x, 0, 2)),
+        (x[i(0)], x[0]),
+        (x[i(0) : i(1)], x[:1]),
+        (mt.zeros((i(3),)), mt.zeros(3)),
+        (mt.arange(i(3)), mt.arange(3)),
+        (x + f(2), x + 2.0),
+        (mt.clip(x, f(1), f(2)), mt.clip(x, 1.0, 2.0)),
+        (x.split(i(2), axis=i(2))[1], x.split(2, axis=2)[1]),
         (x.sort(axis=i(1), descending=np.bool_(True)), x.sort(axis=1, descending=True)),
         (mt.ones(4, layout=mt.Shard(i(0))), mt.ones(4)),
     ]
@@ -435,9 +445,17 @@ def test_numpys_integers_and_floats_do_wherever_pythons_do(survivor: mt.Tensor) 
         np.testing.assert_array_equal(found.numpy(), wanted.numpy(), str(at))
 
 
-@pytest.mark.parametrize("call", [
-    lambda x: x.sum(axis=1.5), lambda x: F.softmax(x, axis="rows"), lambda x: mt.permute_dims(x, (0.0, 1)),
-    lambda x: x.reshape(2.0, 3), lambda x: mt.roll(x, 2 ** 70, axis=0), lambda x: mt.concat([x, x], axis=0.5)])
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: x.sum(axis=1.5),
+        lambda x: F.softmax(x, axis="rows"),
+        lambda x: mt.permute_dims(x, (0.0, 1)),
+        lambda x: x.reshape(2.0, 3),
+        lambda x: mt.roll(x, 2**70, axis=0),
+        lambda x: mt.concat([x, x], axis=0.5),
+    ],
+)
 def test_what_is_no_integer_is_refused_at_the_call(survivor: mt.Tensor, call: Any) -> None:
     with pytest.raises((mt.ShapeError, TypeError), match="integer|int of 64 bits"):
         call(ones(2, 3))

@@ -41,7 +41,9 @@ class Weighted:
 
     def __init__(self, op: Op, sample: Sample, arrays: list[Any], rng: np.random.Generator) -> None:
         self.op, self.sample = op, sample
-        self.weights = [np.asarray(rng.uniform(-1, 1, o.shape)) for o in run(op, sample, [as_input(x) for x in arrays])]
+        self.weights = [
+            np.asarray(rng.uniform(-1, 1, o.shape)) for o in run(op, sample, [as_input(x) for x in arrays])
+        ]
 
     def tensor(self, inputs: list[Any]) -> Any:
         total = 0.0
@@ -62,7 +64,9 @@ def moved(arrays: list[Any], direction: list[Any], by: float) -> list[Any]:
 
 
 def along(grads: list[Any], direction: list[Any]) -> float:
-    return float(sum((g * d).sum() for g, d in zip(grads, direction, strict=True) if d is not None and g is not None))
+    return float(
+        sum((g * d).sum() for g, d in zip(grads, direction, strict=True) if d is not None and g is not None)
+    )
 
 
 def first_grads(loss: Weighted, arrays: list[Any]) -> list[Any]:
@@ -90,8 +94,10 @@ def second_grads(loss: Weighted, arrays: list[Any], direction: list[Any]) -> lis
     if not isinstance(slope, mt.Tensor) or not slope.requires_grad:
         return None
     found = iter(mt.grad(slope, wanted, allow_unused=True))
-    return [None if not smooth(x) else (lambda g, x=x: np.zeros_like(x) if g is None else g.numpy())(next(found))
-            for x in arrays]
+    return [
+        None if not smooth(x) else (lambda g, x=x: np.zeros_like(x) if g is None else g.numpy())(next(found))
+        for x in arrays
+    ]
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
@@ -104,7 +110,9 @@ def test_gradient_matches_finite_differences(name: str) -> None:
         loss = Weighted(op, sample, arrays, rng)
         direction = [np.asarray(rng.uniform(-1, 1, x.shape)) if smooth(x) else None for x in arrays]
         got = along(first_grads(loss, arrays), direction)
-        want = (loss.value(moved(arrays, direction, STEP)) - loss.value(moved(arrays, direction, -STEP))) / (2 * STEP)
+        want = (loss.value(moved(arrays, direction, STEP)) - loss.value(moved(arrays, direction, -STEP))) / (
+            2 * STEP
+        )
         assert got == pytest.approx(want, rel=2e-5, abs=2e-7), (name, sample)
 
 

@@ -1,4 +1,6 @@
-"""The tape's rules: accumulation, second backward, detach, hooks, in place, grad, checkpoint, what stays alive."""
+"""The tape's rules: accumulation, second backward, detach, hooks, in place, grad, checkpoint, what stays
+alive.
+"""
 
 from __future__ import annotations
 

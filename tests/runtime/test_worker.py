@@ -1,4 +1,5 @@
-"""The worker: generated programs equal interpreted ones to the bit, reuse is invisible, failures are values."""
+"""The worker: generated programs equal interpreted ones to the bit, reuse is invisible, failures are values.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +120,9 @@ def test_a_failing_kernel_in_a_generated_program_is_reported_where_it_was_called
         if not bad:
             np.testing.assert_array_equal(after.numpy(), [0.0, 2.0])
             continue
-        with pytest.raises(WorkerError, match=r"take.*\(4,\).*rank 0.*IndexError.*9.*test_worker.py") as caught:
+        with pytest.raises(
+            WorkerError, match=r"take.*\(4,\).*rank 0.*IndexError.*9.*test_worker.py"
+        ) as caught:
             after.numpy()
         assert "test_worker.py" in str(caught.value)
         np.testing.assert_array_equal(before.numpy(), [2.0, 2.0, 2.0])

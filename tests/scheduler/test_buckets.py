@@ -60,7 +60,11 @@ def test_a_reader_in_between_closes_the_bucket() -> None:
 
 def test_a_full_bucket_is_sent() -> None:
     numbers = Numbers(MAKE, reduce(4))
-    steps = [s for k in range(4) for s in (Recorded(0, (), (2 * k,), 2 * k), Recorded(1, (2 * k,), (2 * k + 1,), 0))]
+    steps = [
+        s
+        for k in range(4)
+        for s in (Recorded(0, (), (2 * k,), 2 * k), Recorded(1, (2 * k,), (2 * k + 1,), 0))
+    ]
     found = bucket(steps, numbers.instrs, numbers, limit=32)
     assert names(found, numbers).count("all_reduce_bucket") == 2
 

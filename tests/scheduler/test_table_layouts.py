@@ -42,7 +42,9 @@ def coarse(x: Any) -> Any:
     return np.asarray(np.round(x * unit) / unit, x.dtype)
 
 
-def laid_out(x: np.ndarray[Any, Any], where: tuple[Any, ...], session: Session, rng: np.random.Generator) -> mt.Tensor:
+def laid_out(
+    x: np.ndarray[Any, Any], where: tuple[Any, ...], session: Session, rng: np.random.Generator
+) -> mt.Tensor:
     """`x` under the given placements; a Partial axis gets random addends that sum to x."""
     if "sum" not in where:
         return mt.tensor(x).to_placements(where)
@@ -65,7 +67,10 @@ def outputs(op: Op, sample: Sample, inputs: list[Any]) -> list[mt.Tensor]:
 
 
 def dense(op: Op, sample: Sample, arrays: list[Any]) -> list[Any]:
-    return [o.numpy() for o in outputs(op, sample, [mt.tensor(x) if isinstance(x, np.ndarray) else x for x in arrays])]
+    return [
+        o.numpy()
+        for o in outputs(op, sample, [mt.tensor(x) if isinstance(x, np.ndarray) else x for x in arrays])
+    ]
 
 
 def tolerance(dtype: np.dtype[Any]) -> float:
@@ -80,10 +85,14 @@ def test_every_layout_computes_the_dense_answer(name: str, session: Session) -> 
     for sample in samples(op):
         arrays = [coarse(x) for x in make_inputs(sample, rng)]
         want = dense(op, sample, arrays)
-        choices = [placements(x, len(session.axes.shape)) if isinstance(x, np.ndarray) else [None] for x in arrays]
+        choices = [
+            placements(x, len(session.axes.shape)) if isinstance(x, np.ndarray) else [None] for x in arrays
+        ]
         for _ in range(WAYS):
             ways = [c[rng.integers(len(c))] for c in choices]
-            inputs = [x if w is None else laid_out(x, w, session, rng) for x, w in zip(arrays, ways, strict=True)]
+            inputs = [
+                x if w is None else laid_out(x, w, session, rng) for x, w in zip(arrays, ways, strict=True)
+            ]
             tried.append(((sample, ways), outputs(op, sample, inputs), want))
     flat = session.fetch([(o.block, o.spec) for _, outs, _ in tried for o in outs])
     at = iter(flat)
