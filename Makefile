@@ -39,7 +39,7 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 	  echo "meshtape needs Python 3.11 or newer, '$(PYTHON)' is $$($(PYTHON) -V 2>&1); use make train PYTHON=python3.12"; \
 	  exit 1; }
-	$(PYTHON) -m venv .venv
+	$(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
 
 .venv/installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[examples,test]"
