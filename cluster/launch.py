@@ -27,7 +27,7 @@ def make_mesh(workers: int | None = None, *, backend: str | None = None,
     mesh: extents of named axes, whose product is `workers`; {"data": workers} unless given.
     address: a Ray cluster to join ("auto", "host:port", "ray://host:port"); None starts one here.
     devices: "cpu" or "gpu" for Ray workers; None takes GPUs where every worker can have one.
-    threads_per_worker: of the BLAS; None shares the cores out among Ray workers, and is 1 for backend="local".
+    threads_per_worker: of the BLAS; None shares the cores among Ray workers, and is 1 for backend="local".
     heartbeat_timeout: seconds of silence after which a Ray worker counts as lost.
     channel: "socket", or "ray" where the workers' ports are closed to this process.
     timeout: seconds that a collective waits for its peers.

@@ -62,7 +62,7 @@ class InlineMesh(Mesh):
 class ThreadMesh(Mesh):
     """`workers` threads of this process, each with its own queue of batches.
 
-    blas_threads: how many threads each call of this process's BLAS uses while the mesh is open. One unless told:
+    blas_threads: how many threads each call of the BLAS in this process uses meanwhile. One unless told:
     OpenBLAS lets one caller at a time use its threads, and several callers were up to 20 times slower.
     """
 
