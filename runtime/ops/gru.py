@@ -1,4 +1,5 @@
-"""Gated recurrent unit over a whole sequence (Cho et al. 2014, arXiv:1406.1078; in the form of cuDNN and torch).
+"""Gated recurrent unit over a whole sequence (Cho et al. 2014, arXiv:1406.1078; in the form of cuDNN and
+torch).
 
     r, z = sigmoid(W_ih x_t + b_ih + W_hh h_{t-1} + b_hh)[r, z],   m = W_hn h_{t-1} + b_hn
     n = tanh(W_in x_t + b_in + r * m),   h_t = n + z * (h_{t-1} - n)
@@ -29,7 +30,8 @@ def _gru(xp: Any, x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -
         bias_m = b_hh[2 * width:]
         bias = xp.concatenate([b_hh[:2 * width], xp.zeros(width, b_hh.dtype)]) + b_ih
     projected(xp, x, w_ih, bias, ORDER, 2, saved[:3])
-    weight, held, u = stacked(xp, w_hh, ORDER, 2), xp.empty((3, *h.shape), h.dtype), xp.empty(h.shape, h.dtype)
+    weight, held = stacked(xp, w_hh, ORDER, 2), xp.empty((3, *h.shape), h.dtype)
+    u = xp.empty(h.shape, h.dtype)
     for t in range(len(x)):
         xp.matmul(h, weight, out=held)
         a = saved[:2, t]
@@ -47,10 +49,10 @@ def _gru(xp: Any, x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -
     return y.astype(dtype, copy=False), saved
 
 
-def _gru_grad(xp: Any, g_y: Any, g_saved: Any, x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, y: Any,
-              saved: Any) -> Any:
-    """Gradients of the pre-activations lie as m, r, z, n: the first three are the hidden part's, the last three
-    the input's."""
+def _gru_grad(xp: Any, g_y: Any, g_saved: Any, x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any,
+              y: Any, saved: Any) -> Any:
+    """Gradients of the pre-activations lie as m, r, z, n: the first three are the hidden part's, the last
+    three the input's."""
     dtype, width = x.dtype, w_hh.shape[1]
     g_y, x, h0, w_ih, w_hh, y = map(wide, (g_y, x, h0, w_ih, w_hh, y))
     d = xp.empty((*y.shape[:2], 4 * width), y.dtype)

@@ -1,6 +1,7 @@
 """Long short-term memory over a whole sequence (Hochreiter and Schmidhuber 1997; Gers et al. 2000).
 
-    i, f, o = sigmoid(a_i), sigmoid(a_f), sigmoid(a_o),   g = tanh(a_g),   a = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
+    a = W_ih x_t + b_ih + W_hh h_{t-1} + b_hh
+    i, f, o = sigmoid(a_i), sigmoid(a_f), sigmoid(a_o),   g = tanh(a_g)
     c_t = f * c_{t-1} + i * g,   h_t = o * tanh(c_t)
 
 Weights have torch's order of gates, i, f, g, o; kernels work in the order i, f, o, g, sigmoids together.
@@ -25,7 +26,8 @@ def _lstm(xp: Any, x: Any, h0: Any, c0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_
     y_shape = (*x.shape[:2], w_hh.shape[1])
     gates = projected(xp, x, w_ih, b_ih + b_hh, ORDER, 3, xp.empty((4, *y_shape), x.dtype))
     y, cells = xp.empty(y_shape, x.dtype), xp.empty(y_shape, x.dtype)
-    weight, held, u = stacked(xp, w_hh, ORDER, 3), xp.empty((4, *h.shape), h.dtype), xp.empty(h.shape, h.dtype)
+    weight, held = stacked(xp, w_hh, ORDER, 3), xp.empty((4, *h.shape), h.dtype)
+    u = xp.empty(h.shape, h.dtype)
     for t in range(len(x)):
         a = gates[:, t]
         a += xp.matmul(h, weight, out=held)
@@ -38,8 +40,8 @@ def _lstm(xp: Any, x: Any, h0: Any, c0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_
     return y.astype(dtype, copy=False), cells.astype(dtype, copy=False), gates
 
 
-def _lstm_grad(xp: Any, g_y: Any, g_c: Any, g_gates: Any, x: Any, h0: Any, c0: Any, w_ih: Any, w_hh: Any, b_ih: Any,
-               b_hh: Any, y: Any, c: Any, gates: Any) -> Any:
+def _lstm_grad(xp: Any, g_y: Any, g_c: Any, g_gates: Any, x: Any, h0: Any, c0: Any, w_ih: Any, w_hh: Any,
+               b_ih: Any, b_hh: Any, y: Any, c: Any, gates: Any) -> Any:
     dtype, width = x.dtype, w_hh.shape[1]
     g_y, g_c, x, h0, c0, w_ih, w_hh, y, c = map(wide, (g_y, g_c, x, h0, c0, w_ih, w_hh, y, c))
     d = xp.empty((*y.shape[:2], 4 * width), y.dtype)
@@ -58,9 +60,10 @@ def _lstm_grad(xp: Any, g_y: Any, g_c: Any, g_gates: Any, x: Any, h0: Any, c0: A
     return tuple(a.astype(dtype, copy=False) for a in (dx, dh, dc, *rest))
 
 
-def _step_grad(xp: Any, d: Any, dh: Any, dc: Any, gates: Any, y: Any, c: Any, before: Any, through: Any, slopes: Any,
-               u: Any) -> None:
-    """Fills `d` (B, 4H) with the gradients of one step's pre-activations, and adds what comes through h to dc.
+def _step_grad(xp: Any, d: Any, dh: Any, dc: Any, gates: Any, y: Any, c: Any, before: Any, through: Any,
+               slopes: Any, u: Any) -> None:
+    """Fills `d` (B, 4H) with the gradients of one step's pre-activations, and adds to dc what comes through
+    h.
 
     `through` are gradients that reach the gates (4, B, H) themselves; `slopes` and `u` are room to work in.
     """
@@ -109,4 +112,5 @@ def _lstm_steps(x: Any, h0: Any, c0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh:
 
 
 # Outputs: all hidden states, all cells, and the gates (4, T, B, H), i, f, o, g, for backward.
-lstm, lstm_grad = Layer("lstm", gates=4, states=2, saved=4).declare(_lstm, _lstm_grad, _lstm_steps, "y c gates")
+lstm, lstm_grad = Layer("lstm", gates=4, states=2, saved=4).declare(
+    _lstm, _lstm_grad, _lstm_steps, "y c gates")

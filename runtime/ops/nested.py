@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def differentiate(function: Callable[..., Any], inputs: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
+def differentiate(function: Callable[..., Any], inputs: Sequence[Any],
+                  cotangents: Sequence[Any]) -> list[Any]:
     """Gradients, by every input, of the sum of `function(*inputs)` times `cotangents`.
 
     `function` is written in terms of rows and returns a tuple of tensors, one for each cotangent (None: that
-    output does not count). None where nothing flows, and for Python scalars. The tape of the tensors' own class
-    does it, so that calls nest and their results can be differentiated again.
+    output does not count). None where nothing flows, and for Python scalars. The tape of the tensors' own
+    class does it, so that calls nest and their results can be differentiated again.
     """
     for x in (*inputs, *cotangents):
         found = getattr(x, "_differentiate", None)

@@ -1,13 +1,14 @@
 """Recurrent layers over a whole sequence: what their rows share, and the plain RNN.
 
 One row runs all T steps. Inputs are x (T, B, I), the first state h0 (B, H) (and c0), weight_ih (G*H, I),
-weight_hh (G*H, H) and two biases (G*H,) or 0.0, with torch's order of the G gates. The input's products with
-weight_ih are one matrix product for all steps; a step is one with weight_hh, written gate by gate, (G, B, H), so
-that each gate is contiguous. Backward walks the steps again with what forward saved, collects the gradients of all
-pre-activations in one array (T, B, G*H), and ends with one matrix product for each weight.
+weight_hh (G*H, H) and two biases, (G*H,) or 0.0 for none, with torch's order of the G gates. The input's
+products with weight_ih are one matrix product for all steps; a step is one with weight_hh, written gate by
+gate, (G, B, H), so that each gate is contiguous. Backward walks the steps again with what forward saved,
+collects the gradients of all pre-activations in one array (T, B, G*H), and ends with one matrix product for
+each weight.
 
-The batch may be split (then the weights' gradients are Partial), nothing else. Derivatives of the gradient rows
-come from differentiating the layer written step by step in elementary rows: correct, and slow.
+The batch may be split (then the weights' gradients are Partial), nothing else. Derivatives of the gradient
+rows come from differentiating the layer written step by step in elementary rows: correct, and slow.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ NONLINEARITY: dict[str, Any] = {"nonlinearity": "tanh"}
 class Layer:
     """The rules of a recurrent layer's two rows.
 
-    `gates` matrices are stacked in a weight; `states` is how many states go from step to step (y is the first);
-    `saved` how many arrays (B, H) each step leaves for backward besides them.
+    `gates` matrices are stacked in a weight; `states` is how many states go from step to step (y is the
+    first); `saved` how many arrays (B, H) each step leaves for backward besides them.
     """
 
     def __init__(self, name: str, gates: int, states: int, saved: int) -> None:
@@ -48,13 +49,15 @@ class Layer:
     def shape(self, x: Shape, *rest: Shape, **attrs: Any) -> list[Shape]:
         states, (w_ih, w_hh), biases = rest[:self.states], rest[self.states:-2], rest[-2:]
         if len(x) != 3 or x[0] == 0:
-            raise ShapeError(f"{self.name}: the input is (steps, batch, features) with at least one step, got {x}")
+            raise ShapeError(f"{self.name}: the input is (steps, batch, features) with at least one step, "
+                             f"got {x}")
         if len(w_hh) != 2 or w_hh[0] != self.gates * w_hh[1] or w_ih != (w_hh[0], x[2]):
-            raise ShapeError(f"{self.name}: weights are ({self.gates} * hidden, features) and ({self.gates} * hidden, "
-                             f"hidden), got {w_ih} and {w_hh} for an input of {x[2]} features")
+            rows = f"{self.gates} * hidden"
+            raise ShapeError(f"{self.name}: weights are ({rows}, features) and ({rows}, hidden), got {w_ih} "
+                             f"and {w_hh} for an input of {x[2]} features")
         if any(s != (x[1], w_hh[1]) for s in states) or any(b not in ((), w_hh[:1]) for b in biases):
-            raise ShapeError(f"{self.name}: states are {(x[1], w_hh[1])} and biases {w_hh[:1]} for an input {x}, got "
-                             f"states {states} and biases {biases}")
+            raise ShapeError(f"{self.name}: states are {(x[1], w_hh[1])} and biases {w_hh[:1]} for an input "
+                             f"{x}, got states {states} and biases {biases}")
         y = (*x[:2], w_hh[1])
         return [y] * self.states + [(self.saved, *y)] * (self.saved > 0)
 
@@ -112,7 +115,8 @@ class Layer:
 
     def declare(self, kernel: Callable[..., Any], grad_kernel: Callable[..., Any], steps: Callable[..., Any],
                 saved: str, **columns: Any) -> tuple[Op, Op]:
-        """The layer's row and its gradient row; `saved` names the grad kernel's parameters that are outputs."""
+        """The layer's row and its gradient row; `saved` names the grad kernel's parameters that are outputs.
+        """
         inputs = "x h0 c0" if self.states > 1 else "x h0"
         inputs += " w_ih w_hh b_ih b_hh"
         outs = "out" if self.n_out == 1 else " ".join(f"out{i}" for i in range(self.n_out))
@@ -123,12 +127,14 @@ class Layer:
             **columns))
         grad = register(Op(
             f"{self.name}_grad", kernel=grad_kernel, shape=self.grad_shape, dtype=self.grad_dtype,
-            axes=self.grad_axes, n_out=self.n_in, linear=(tuple(range(self.n_out)),), vjp=self.grad_vjp(steps),
-            keeps=f"{cotangents} {inputs} {saved}", samples=self.samples(True), **columns))
+            axes=self.grad_axes, n_out=self.n_in, linear=(tuple(range(self.n_out)),),
+            vjp=self.grad_vjp(steps), keeps=f"{cotangents} {inputs} {saved}", samples=self.samples(True),
+            **columns))
         return row, grad
 
     def samples(self, grad: bool) -> Callable[[], list[Sample]]:
-        cases = [(3, 4, 2, 3, True), (2, 1, 3, 2, True), (1, 5, 1, 1, False), (2, 0, 2, 2, True), (4, 3, 2, 2, False)]
+        cases = [(3, 4, 2, 3, True), (2, 1, 3, 2, True), (1, 5, 1, 1, False), (2, 0, 2, 2, True),
+                 (4, 3, 2, 2, False)]
 
         def make() -> list[Sample]:
             found = []
@@ -138,7 +144,8 @@ class Layer:
                 inputs = ((t, b, i), *((b, h),) * self.states, (rows, i), (rows, h), bias, bias)
                 outs = ((t, b, h),) * self.states + ((self.saved, t, b, h),) * (self.saved > 0)
                 # y and what was saved are functions of the inputs: moving those alone is no derivative.
-                found.append(Sample((*outs, *inputs, *outs) if grad else inputs, low=-1, high=1, diff=not grad))
+                given = (*outs, *inputs, *outs) if grad else inputs
+                found.append(Sample(given, low=-1, high=1, diff=not grad))
             return found
         return make
 
@@ -189,7 +196,8 @@ def weight_grads(xp: Any, d: Any, x: Any, h0: Any, y: Any, w_ih: Any, d_hidden: 
     dw_ih = xp.matmul(flat.T, x.reshape(len(flat), x.shape[2]))
     dw_hh = xp.matmul(hidden[batch:].T, y.reshape(len(flat), y.shape[2])[:len(flat) - batch])
     dw_hh += xp.matmul(hidden[:batch].T, h0)
-    return [dx, dw_ih, dw_hh, ones @ flat, ones @ hidden]
+    db = ones @ flat
+    return [dx, dw_ih, dw_hh, db, db.copy() if d_hidden is d else ones @ hidden]
 
 
 # --- plain RNN --------------------------------------------------------------------------------------
