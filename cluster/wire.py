@@ -17,7 +17,7 @@ import numpy as np
 
 from meshtape.runtime.dtypes import canonical
 from meshtape.runtime.errors import MeshError
-from meshtape.runtime.protocol import Failure, Fetch, Reply, Run, program_from_wire, type_from_wire
+from meshtape.runtime.protocol import Failure, Fetch, Reply, Run, Span, program_from_wire, type_from_wire
 
 BEAT, RUN, REPLY, READY, BROKEN = range(5)
 PREFIX = struct.Struct("<BIIQ")
@@ -88,25 +88,27 @@ def run_frames(runs: Sequence[Run]) -> list[list[Buffer]]:
     """One frame per run of a batch, whose common part is packed once."""
     first = runs[0]
     head = pack((first.batch, first.digest, first.ids, first.scalars, first.fetch, first.frees, first.drop,
-                 first.program))
+                 first.program, first.trace))
     if not any(run.feeds for run in runs):
         return [frame(RUN, head)] * len(runs)
     return [frame(RUN, head, run.feeds) for run in runs]
 
 
 def run_of(message: Message) -> Run:
-    batch, digest, ids, scalars, fetch, frees, drop, program = message.head
+    batch, digest, ids, scalars, fetch, frees, drop, program, trace = message.head
     return Run(batch, digest, ids, scalars, message.arrays, [Fetch(i, type_from_wire(t)) for i, t in fetch],
-               frees, drop, None if program is None else program_from_wire(program))
+               frees, drop, None if program is None else program_from_wire(program), trace)
 
 
 def reply_frame(reply: Reply) -> list[Buffer]:
-    return frame(REPLY, pack((reply.rank, reply.batch, reply.failures)), reply.values)
+    head = pack((reply.rank, reply.batch, reply.failures, reply.peak, reply.clock, reply.spans))
+    return frame(REPLY, head, reply.values)
 
 
 def reply_of(message: Message) -> Reply:
-    rank, batch, failures = message.head
-    return Reply(rank, batch, [Failure(*f) for f in failures], message.arrays)
+    rank, batch, failures, peak, (began, ended), spans = message.head
+    return Reply(rank, batch, [Failure(*f) for f in failures], message.arrays, peak, (began, ended),
+                 [Span(*s) for s in spans])
 
 
 class Assembler:

@@ -17,6 +17,7 @@ from meshtape.elementwise import *  # noqa: F403
 from meshtape.explain import explain, visualize
 from meshtape.gradmode import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
 from meshtape.manipulation import *  # noqa: F403
+from meshtape.profiling import profile, stats
 from meshtape.reductions import *  # noqa: F403
 from meshtape.runtime.dtypes import (
     bool_,

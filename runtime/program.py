@@ -39,6 +39,13 @@ class Step(NamedTuple):
     release: tuple[int, ...]
     reuse: Reuse
 
+    @property
+    def name(self) -> str:
+        """For a trace: the op, or what kind of step it is."""
+        if self.call.op is not None:
+            return self.call.op.name
+        return f"collective ({len(self.call.meets)} tensors)" if self.call.meets else "feed"
+
 
 class Compiled(NamedTuple):
     """A body ready to run: `external` slots are bound from the block table before the first step (`taken`

@@ -7,6 +7,7 @@ body's slots, the values of Python scalars, and the arrays that the user fed in.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -55,7 +56,8 @@ class Fetch(NamedTuple):
 class Run(NamedTuple):
     """Run a batch. `ids[slot]` is the global id bound to a slot; `program` comes with a digest's first use.
 
-    `feeds` are this worker's pieces of the arrays fed in, in order of the body's "feed" instructions.
+    `feeds` are this worker's pieces of the arrays fed in, in order of the body's "feed" instructions. With
+    `trace` the reply tells how long every step took.
     `frees` are ids to drop first, `drop` digests that will not come again.
     """
 
@@ -68,6 +70,7 @@ class Run(NamedTuple):
     frees: list[int]
     drop: list[bytes]
     program: Program | None
+    trace: bool = False
 
 
 class Failure(NamedTuple):
@@ -80,13 +83,29 @@ class Failure(NamedTuple):
     message: str
 
 
+class Span(NamedTuple):
+    """Something a worker did: `start` and `duration` in nanoseconds of its own clock."""
+
+    name: str
+    start: int
+    duration: int
+
+
 class Reply(NamedTuple):
-    """A worker finished a batch. `values` holds its slices of the fetched tensors it owns, None otherwise."""
+    """A worker finished a batch.
+
+    `values` holds its slices of the fetched tensors it owns, None otherwise; `peak` is the most memory its
+    process ever held, in bytes. Of a traced batch, `spans` tells what took how long and `clock` when it began
+    and ended (nanoseconds of the worker's clock).
+    """
 
     rank: int
     batch: int
     failures: list[Failure]
     values: list[Any]
+    peak: int = 0
+    clock: tuple[int, int] = (0, 0)
+    spans: Sequence[Span] = ()
 
 
 def program_from_wire(data: Any) -> Program:

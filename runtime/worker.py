@@ -6,6 +6,8 @@ The same plain class runs in the driver's thread, in a thread of its own, and in
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from resource import RUSAGE_SELF, getrusage
+from time import perf_counter_ns
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from meshtape.runtime.codegen import Code, failed_step, generate
 from meshtape.runtime.errors import CommError
 from meshtape.runtime.memory import keep_pages
 from meshtape.runtime.program import Compiled, Site, Step, compile_program, placeholder
-from meshtape.runtime.protocol import Failure, Fetch, Reply, Run
+from meshtape.runtime.protocol import Failure, Fetch, Reply, Run, Span
 from meshtape.runtime.shards import coordinate, is_owner
 
 
@@ -54,10 +56,13 @@ class Worker:
         self.blocks: dict[int, Any] = {}
         self.programs: dict[bytes, Body] = {}
         self.poisoned = 0
+        self.spans: list[Span] | None = None
         self.generate = generate
 
     def run(self, run: Run) -> Reply:
         """Run one batch and answer with its failures and the fetched slices this worker owns."""
+        began = perf_counter_ns() if run.trace else 0
+        self.spans = [] if run.trace else None
         blocks = self.blocks
         for name in run.frees:
             if type(blocks.pop(name, None)) is Poison:
@@ -66,17 +71,26 @@ class Worker:
             self.programs.pop(digest, None)
         if run.program is not None:
             self.programs[run.digest] = Body(compile_program(run.program, self.site))
+            self._note("compile", began)
         failures: list[Failure] = []
         if run.digest:
             with np.errstate(all="ignore"):
                 self._execute(self.programs[run.digest], run, failures)
-        return Reply(self.rank, run.batch, failures, [self._fetched(f) for f in run.fetch])
+        values = [self._fetched(f) for f in run.fetch]
+        peak = getrusage(RUSAGE_SELF).ru_maxrss << 10
+        return Reply(self.rank, run.batch, failures, values, peak,
+                     (began, perf_counter_ns() if run.trace else 0), self.spans or ())
+
+    def _note(self, name: str, start: int) -> None:
+        """In a traced batch: something that began at `start` is done."""
+        if self.spans is not None:
+            self.spans.append(Span(name, start, perf_counter_ns() - start))
 
     def _execute(self, body: Body, run: Run, failures: list[Failure]) -> None:
-        if body.code is None or self.poisoned:
+        if body.code is None or self.poisoned or run.trace:
             slots = self._bind(body.program, run)
             self._interpret(body, run, slots, 0, iter(run.feeds), failures)
-            if self.generate and body.code is None and not failures:
+            if self.generate and body.code is None and not failures and not run.trace:
                 body.code = generate(body.program, self.site.xp, body.convert)
             return
         try:
@@ -111,10 +125,13 @@ class Worker:
                 args = [next(feeds)]
             else:
                 args = [slots[s] if s >= 0 else run.scalars[-1 - s] for s in step.ins]
+            start_ns = perf_counter_ns() if run.trace else 0
             if (self.poisoned or failures) and any(type(a) is Poison for a in args):
                 self._skip(step, args, slots)
             else:
                 self._call(body, step, at, args, slots, run.batch, failures)
+            if run.trace:
+                self._note(step.name, start_ns)
             for slot in step.release:
                 slots[slot] = None
         for slot in program.kept:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from time import perf_counter_ns
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ from meshtape.runtime.protocol import Failure, Fetch, Reply, TensorType
 from meshtape.runtime.shards import REPLICATE, Placements, coordinate, is_partial, piece
 from meshtape.scheduler.body import Body
 from meshtape.scheduler.sites import Site, site_text
+from meshtape.scheduler.trace import Tracer
 
 COMBINE = {"sum": np.add, "max": np.maximum, "min": np.minimum}
 
@@ -43,6 +45,8 @@ class Inflight:
         # Values that come though nobody asked this time: who foresaw it, as a body and its slot.
         self.unread: dict[int, tuple[Body, int]] = {}
         self._unwanted: set[int] = set()
+        self.peaks = [0] * mesh.size        # bytes, by rank
+        self.tracer: Tracer | None = None
 
     def add(self, batch: int, sent: Sent) -> None:
         """Note a batch that is about to be sent.
@@ -73,9 +77,14 @@ class Inflight:
 
     def collect(self) -> None:
         """Take in one reply."""
+        start = perf_counter_ns() if self.tracer is not None else 0
         reply = self.mesh.collect(None)
         if reply is None:
             return
+        self.peaks[reply.rank] = reply.peak
+        if self.tracer is not None:
+            self.tracer.driver("wait", start)
+            self.tracer.replied(reply)
         sent = self.sent[reply.batch]
         sent.replies.append(reply)
         if len(sent.replies) == self.mesh.size:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from threading import current_thread, get_ident
+from time import perf_counter_ns
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +24,7 @@ from meshtape.scheduler.inflight import Inflight, Sent
 from meshtape.scheduler.layout import Axes, Spec
 from meshtape.scheduler.planner import Plan, Planner
 from meshtape.scheduler.sites import Site, user_site
+from meshtape.scheduler.trace import Tracer
 
 PENDING_LIMIT = 1024        # instructions after which a batch is sent unasked
 IN_FLIGHT = 8               # batches sent and not yet answered
@@ -96,6 +98,7 @@ class Session:
         self.seed = 0
         self.draws = 0
         self.stats = Stats()
+        self.tracer: Tracer | None = None   # set while a profile is taken
         self.replays: Any = None            # the tape's: backward walks it has noted
         self.freed: deque[int] = deque()
         self.Block = block_type(self.freed.append)
@@ -268,6 +271,7 @@ class Session:
     def flush(self, fetch: Sequence[Fetch] = ()) -> int:
         """Send the pending batch, without waiting for it; returns its number."""
         self.check()
+        start = perf_counter_ns() if self.tracer is not None else 0
         dead, frees = list(self.temporary), []
         while self.freed:
             name = self.freed.popleft()
@@ -287,7 +291,8 @@ class Session:
         digest, fresh = (b"", False) if body is None else (body.digest, body.digest not in self._known)
         batch, feeds = self._batch + 1, self._cut_feeds()
         runs = [Run(batch, digest, self.names, self.scalars, feeds[rank], wanted, frees, self._drop,
-                    body.program if body and fresh else None) for rank in range(self.mesh.size)]
+                    body.program if body and fresh else None, self.tracer is not None)
+                for rank in range(self.mesh.size)]
         # From here on the batch counts as sent: nothing slow may come in between, where Ctrl-C would strike.
         sent = Sent(body, self.names, self.sites, wanted, frees, [])
         self._count(body is not None and not fresh)
@@ -296,8 +301,12 @@ class Session:
         if body is not None:
             self.last = sent
             self._known.add(digest)
+        ops = len(self.sites)
         self._begin()
         self.mesh.send(runs)
+        if self.tracer is not None:
+            fed = sum(a.nbytes for rank in feeds for a in rank)
+            self.tracer.flushed(batch, start, ops, not fresh, fed)
         while self._batch - self.inflight.answered > IN_FLIGHT:
             self.inflight.collect()
         return self._batch
@@ -393,6 +402,10 @@ class Session:
         """Flush, then wait until every batch is answered; raises what went wrong on a worker."""
         self.flush()
         self.inflight.wait_for(self._batch)
+
+    def trace(self, tracer: Tracer | None) -> None:
+        """Note what driver and workers do in `tracer` from now on (None: no more)."""
+        self.tracer = self.inflight.tracer = tracer
 
     # --- ending -------------------------------------------------------------------------------------
 
