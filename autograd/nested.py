@@ -28,8 +28,10 @@ class Gate(AnyNode):
 
 def differentiate(function: Callable[..., Any], inputs: Sequence[Any],
                   cotangents: Sequence[Any]) -> list[Tensor | None]:
-    """See meshtape.runtime.ops.nested.differentiate. `function` runs on inputs that are cut off from what
-    they were computed from; when the walk that asked for this is recorded, they are joined to it afterwards.
+    """See meshtape.runtime.ops.nested.differentiate.
+
+    `function` runs on inputs that are cut off from what they were computed from; when the walk that asked for
+    this is recorded, they are joined to it afterwards.
     """
     session = current.session()
     recorded = session.grad_enabled

@@ -58,7 +58,7 @@ class Scores:
         self.offset = (0,) * (len(batch) + 2) if offset is None else offset
         self.whole = (*batch, self.queries, 0) if whole is None else whole
         self.first = self.offset[-2]
-        self.mask = None if isinstance(mask, bool) else spread_mask(xp, mask, batch)
+        self.mask: Any = None if isinstance(mask, bool) else spread_mask(xp, mask, batch)
         self.buffers: dict[str, Any] = {}
 
     # --- which ----------------------------------------------------------------------------------------
@@ -148,7 +148,7 @@ class Scores:
 
     def row_number(self, n: int) -> int:
         """The number of entry n's first query among the rows of the whole tensor of weights."""
-        index = [i + o for i, o in zip(np.unravel_index(n, self.batch), self.offset, strict=False)]
+        index: list[Any] = [i + o for i, o in zip(np.unravel_index(n, self.batch), self.offset, strict=False)]
         number = 0
         for i, extent in zip([*index, self.first], self.whole[:-1], strict=True):
             number = number * extent + int(i)

@@ -69,7 +69,7 @@ def _step_grad(xp: Any, d: Any, dh: Any, dc: Any, gates: Any, y: Any, c: Any, be
     """
     width = dh.shape[1]
     d_i, d_f, d_g, d_o = (d[:, k * width:(k + 1) * width] for k in range(4))
-    i, f, o, g = gates
+    i, _, o, g = gates
     s = gates[:3]
     xp.multiply(s, s, out=slopes)
     xp.subtract(s, slopes, out=slopes)

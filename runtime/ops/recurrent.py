@@ -158,7 +158,8 @@ def stacked(xp: Any, w: Any, order: Sequence[int], halved: int = 0) -> Any:
     sigmoid(a) = (1 + tanh(a / 2)) / 2, and tanh is the faster function.
     """
     gates = max(order) + 1
-    found = xp.ascontiguousarray(w.reshape(gates, w.shape[0] // gates, w.shape[1])[list(order)].swapaxes(1, 2))
+    blocks = w.reshape(gates, w.shape[0] // gates, w.shape[1])
+    found = xp.ascontiguousarray(blocks[list(order)].swapaxes(1, 2))
     found[:halved] *= 0.5
     return found
 
