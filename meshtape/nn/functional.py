@@ -1,6 +1,7 @@
 """Layers, activations and losses as functions, by torch.nn.functional's names and semantics.
 
-Where torch says `dim`, `axis` is accepted too. The losses come from meshtape.nn.loss_functions.
+Where torch says `dim`, `axis` is accepted too. The losses come from meshtape.nn.loss_functions, convolution
+and pooling from spatial_functions, batch normalization from batchnorm_functions.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from meshtape.autograd import Tensor, apply, as_tensor
 from meshtape.elementwise import where
 from meshtape.manipulation import broadcast_to
+from meshtape.nn.batchnorm_functions import batch_norm, group_norm, instance_norm
 from meshtape.nn.loss_functions import (
     binary_cross_entropy_with_logits,
     cross_entropy,
@@ -22,6 +24,20 @@ from meshtape.nn.loss_functions import (
     mse_loss,
     nll_loss,
     smooth_l1_loss,
+)
+from meshtape.nn.spatial_functions import (
+    adaptive_avg_pool1d,
+    adaptive_avg_pool2d,
+    adaptive_max_pool1d,
+    adaptive_max_pool2d,
+    avg_pool1d,
+    avg_pool2d,
+    conv1d,
+    conv2d,
+    conv_transpose1d,
+    conv_transpose2d,
+    max_pool1d,
+    max_pool2d,
 )
 from meshtape.runtime.dtypes import AnyDType, canonical, is_floating
 from meshtape.runtime.errors import DTypeError, ShapeError
@@ -281,8 +297,11 @@ def _repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 
 __all__ = [
-    "binary_cross_entropy_with_logits", "cross_entropy", "dropout", "elu", "embedding", "flatten", "gelu",
-    "huber_loss", "l1_loss", "layer_norm", "leaky_relu", "linear", "log_softmax", "mse_loss", "nll_loss",
-    "normalize", "one_hot", "relu", "rms_norm", "scaled_dot_product_attention", "sigmoid", "silu",
-    "smooth_l1_loss", "softmax", "softplus", "tanh",
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d",
+    "avg_pool1d", "avg_pool2d", "batch_norm", "binary_cross_entropy_with_logits", "conv1d", "conv2d",
+    "conv_transpose1d", "conv_transpose2d", "cross_entropy", "dropout", "elu", "embedding", "flatten",
+    "gelu", "group_norm", "huber_loss", "instance_norm", "l1_loss", "layer_norm", "leaky_relu",
+    "linear", "log_softmax", "max_pool1d", "max_pool2d", "mse_loss", "nll_loss", "normalize", "one_hot",
+    "relu", "rms_norm", "scaled_dot_product_attention", "sigmoid", "silu", "smooth_l1_loss", "softmax",
+    "softplus", "tanh",
 ]
