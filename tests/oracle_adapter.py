@@ -143,6 +143,9 @@ MAP: dict[str, Callable[..., Any]] = {
     "nn.functional.layer_norm": F.layer_norm,
     "nn.functional.embedding": lambda weight, index, **options: F.embedding(index, weight, **options),
     "nn.functional.cross_entropy": F.cross_entropy, "nn.functional.nll_loss": F.nll_loss,
+    "nn.functional.conv1d": F.conv1d, "nn.functional.conv2d": F.conv2d,
+    "nn.functional.max_pool2d": F.max_pool2d, "nn.functional.avg_pool2d": F.avg_pool2d,
+    "nn.functional.batch_norm": F.batch_norm,
     "nn.functional.mse_loss": F.mse_loss, "nn.functional.dropout": F.dropout,
     "nn.functional.scaled_dot_product_attention": F.scaled_dot_product_attention,
 }
