@@ -248,6 +248,12 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else float(scale)
     if mask is not None and mask.requires_grad:
         return _composed_attention(query, key, value, mask, dropout_p, scale)
+    return fused_attention(query, key, value, mask, dropout_p, is_causal, scale)
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float,
+                    is_causal: bool, scale: float) -> Tensor:
+    """The row: equal leading dimensions, a mask that wants no gradient, and is_causal beside it."""
     draws = (0, 0)
     if dropout_p:
         session = current.session()
