@@ -120,13 +120,14 @@ class Worker:
                    failures: list[Failure]) -> None:
         """Steps from `start`, one by one."""
         program = body.program
+        spoiled = any(type(x) is Poison for x in slots)
         for at, step in enumerate(program.steps[start:], start):
             if step.call.op is None and not step.call.meets:
                 args = [next(feeds)]
             else:
                 args = [slots[s] if s >= 0 else run.scalars[-1 - s] for s in step.ins]
             start_ns = perf_counter_ns() if run.trace else 0
-            if (self.poisoned or failures) and any(type(a) is Poison for a in args):
+            if (spoiled or failures) and any(type(a) is Poison for a in args):
                 self._skip(step, args, slots)
             else:
                 self._call(body, step, at, args, slots, run.batch, failures)
