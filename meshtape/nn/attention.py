@@ -140,7 +140,7 @@ def _joined(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     if a.dtype.kind == b.dtype.kind == "b":
-        return logical_or(a, b)
+        return logical_or(a, b)  # type: ignore[no-any-return]
     a, b = (where(m, -math.inf, 0.0) if m.dtype.kind == "b" else m for m in (a, b))
     return a + b
 

@@ -69,9 +69,11 @@ def test_blocks_of_any_size_compute_the_formula(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(attention_blocks, "CAUSAL_ROWS", 5)
     q, k, v, g = arrays((2, 3), 37, 29)
     rng = np.random.default_rng(1)
-    masks = {"no": True, "bool": rng.uniform(size=(37, 29)) < 0.4,
+    masks = {"no": True,
+             "bool": rng.uniform(size=(37, 29)) < 0.4,
              "float": rng.normal(size=(2, 1, 37, 29)),
-             "of keys": rng.uniform(size=(2, 1, 1, 29)) < 0.4, "of heads": rng.uniform(size=(3, 37, 29)) < 0.5}
+             "of keys": rng.uniform(size=(2, 1, 1, 29)) < 0.4,
+             "of heads": rng.uniform(size=(3, 37, 29)) < 0.5}
     mask = masks[masked]
     weights, out = formula(q, k, v, mask, is_causal=is_causal, scale=scale)
     same(run(q, k, v, g, mask, is_causal=is_causal, scale=scale),
