@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from meshtape.autograd import Tensor
 from meshtape.autograd.tensor import owner_session
+from meshtape.runtime.dtypes import canonical
 from meshtape.runtime.errors import MeshtapeError
 from meshtape.runtime.shards import coordinate, is_partial, piece
 from meshtape.scheduler import current
@@ -48,11 +50,7 @@ def _feeds(sent: Any) -> list[Any]:
 
 
 def _fed(shape: tuple[int, ...], dtype: str, placements: Any, mesh_shape: tuple[int, ...]) -> int:
-    from meshtape.runtime.dtypes import canonical
-    n = canonical(dtype).itemsize
-    for extent in piece(shape, placements, mesh_shape, (0,) * len(mesh_shape)).shape:
-        n *= extent
-    return n
+    return canonical(dtype).itemsize * prod(piece(shape, placements, mesh_shape, (0,) * len(mesh_shape)).shape)
 
 
 def visualize(tensor: Tensor, path: str | Path | None = None, *, show: bool = True) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import prod
 from typing import Any
 
 from meshtape.runtime.shards import REPLICATE, Placements, Shape, is_partial, piece, split, split_sizes
@@ -85,9 +86,7 @@ def _to_partial(xp: Any, source: Any, combine: str, whole: Shape, parts: int, in
 def _sizes(whole: Shape, dim: int, parts: int) -> tuple[list[int], list[int]]:
     """Extents along `dim` of every part, and their element counts."""
     extents = split_sizes(whole[dim], parts)
-    rest = 1
-    for d, n in enumerate(whole):
-        rest *= 1 if d == dim else n
+    rest = prod(n for d, n in enumerate(whole) if d != dim)
     return extents, [n * rest for n in extents]
 
 
@@ -133,9 +132,7 @@ def _all_gather(xp: Any, dim: int, whole: Shape, parts: int, comm: Any) -> Hop:
 
 def _all_to_all(xp: Any, source: int, target: int, whole: Shape, parts: int, index: int, comm: Any) -> Hop:
     given, wanted = split_sizes(whole[source], parts), split_sizes(whole[target], parts)
-    rest = 1
-    for d, n in enumerate(whole):
-        rest *= 1 if d in (source, target) else n
+    rest = prod(n for d, n in enumerate(whole) if d not in (source, target))
     send = [given[index] * n * rest for n in wanted]
     receive = [n * wanted[index] * rest for n in given]
     mine = tuple(wanted[index] if d == target else n for d, n in enumerate(whole))
@@ -149,12 +146,7 @@ def _all_to_all(xp: Any, source: int, target: int, whole: Shape, parts: int, ind
 
 def compile_bucket(xp: Any, shapes: Sequence[Shape], combine: str, comm: Any) -> Callable[..., list[Any]]:
     """All-reduce several local arrays of one dtype as one message."""
-    sizes = []
-    for shape in shapes:
-        n = 1
-        for extent in shape:
-            n *= extent
-        sizes.append(n)
+    sizes = [prod(shape) for shape in shapes]
     total = sum(sizes)
 
     def run(*arrays: Any) -> list[Any]:

@@ -8,8 +8,10 @@ gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import NamedTuple
 
+from meshtape.runtime.dtypes import canonical
 from meshtape.runtime.moves import changed_axis
 from meshtape.runtime.protocol import Instr
 from meshtape.runtime.shards import REPLICATE, is_partial
@@ -123,7 +125,4 @@ def _joined(key: tuple[int, str, str], group: Sequence[Recorded], instrs: Sequen
 
 def _bytes(instr: Instr) -> int:
     out = instr.outs[0]
-    n = 8 if out.dtype.endswith("64") else 4
-    for extent in out.shape:
-        n *= extent
-    return n
+    return canonical(out.dtype).itemsize * prod(out.shape)

@@ -13,6 +13,7 @@ import itertools
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -277,12 +278,6 @@ def _work(letters: Letters, specs: Sequence[Spec], out_shapes: Sequence[Shape],
         traffic += 0 if spec.weak else spec.nbytes
     for text, shape, dtype in zip(letters.outs, out_shapes, out_dtypes, strict=True):
         extents.update(zip(text, shape, strict=False))
-        size = float(np.dtype(dtype).itemsize)
-        for n in shape:
-            size *= n
-        traffic += size
-    flops = 2.0
-    for n in extents.values():
-        flops *= n
-    return flops, traffic
+        traffic += np.dtype(dtype).itemsize * prod(shape)
+    return 2.0 * prod(extents.values()), traffic
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from math import prod
 from typing import NamedTuple
 
 from meshtape.runtime.shards import REPLICATE, Placement, Placements, Shape, is_partial
@@ -59,9 +60,7 @@ def route(shape: Shape, itemsize: int, before: Placements, after: Placements, me
 def bytes_without(shape: Shape, itemsize: int, placements: Placements, axis: int,
                   mesh_shape: Sequence[int]) -> float:
     """Local bytes of the tensor if mesh `axis` did not split it."""
-    size = float(itemsize)
-    for n in shape:
-        size *= n
+    size = float(itemsize * prod(shape))
     for a, p in enumerate(placements):
         if a != axis and not is_partial(p) and p != REPLICATE:
             size /= mesh_shape[a]
