@@ -50,7 +50,9 @@ def _feeds(sent: Any) -> list[Any]:
 
 
 def _fed(shape: tuple[int, ...], dtype: str, placements: Any, mesh_shape: tuple[int, ...]) -> int:
-    return canonical(dtype).itemsize * prod(piece(shape, placements, mesh_shape, (0,) * len(mesh_shape)).shape)
+    return canonical(dtype).itemsize * prod(
+        piece(shape, placements, mesh_shape, (0,) * len(mesh_shape)).shape
+    )
 
 
 def visualize(tensor: Tensor, path: str | Path | None = None, *, show: bool = True) -> str:
