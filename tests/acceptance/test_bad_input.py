@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from meshes import on
+from spy import blocks, watched
 
 import meshtape as mt
 from meshtape import nn, optim
@@ -272,6 +273,58 @@ def test_a_spoiled_gradient_spoils_the_model_and_a_reload_mends_it(survivor: mt.
     assert step(good).item() < first
 
 
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_one_bad_batch_in_a_steady_loop_fails_that_step_only(workers: int) -> None:
+    """With the loss asked for at each step, so that its value comes unasked; nothing is trained on it."""
+    with on(workers):
+        model = nn.Linear(5, 4)
+        x, losses = ones(6, 5, layout=mt.Shard(0)), []
+        for step in range(12):
+            classes = np.array([0, 1, 2, 3, 0, 1])
+            if step in (1, 7, 8):
+                classes[step % 6] = 4
+            loss = F.cross_entropy(model(x), mt.tensor(classes, layout=mt.Shard(0)))
+            loss.backward()
+            try:
+                losses.append(loss.item())
+            except mt.WorkerError as error:
+                assert "target 4 is not one of 4 classes" in str(error)
+                with pytest.raises(mt.WorkerError, match="target 4"):
+                    model.weight.grad.numpy()
+                losses.append(None)
+            model.zero_grad()
+        assert [at for at, value in enumerate(losses) if value is None] == [1, 7, 8]
+        assert len({value for value in losses if value is not None}) == 1
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("flushed", [(), (0,), (1,), (0, 1)], ids=str)
+def test_spoiled_values_that_are_let_go_leave_nothing_and_nobody_waiting(workers: int, flushed: Any) -> None:
+    """Also where the value spoiled last is used up by a batch with a collective."""
+    with watched(workers) as (session, made):
+        table = mt.ones((4, 4), requires_grad=True)
+
+        def spoil() -> None:
+            total = (F.embedding(mt.tensor([0, 99, 1, 2], layout=mt.Shard(0)), table) * 2).sum()
+            if 0 in flushed:
+                mt.flush()
+            total.backward()
+            if 1 in flushed:
+                mt.flush()
+            total = total.redistribute(mt.Replicate()) + 1
+
+        for _ in range(3):
+            spoil()
+            table.grad = None
+            with pytest.raises(mt.WorkerError, match="index 99"):
+                mt.synchronize()
+            while session.inflight.errors or session.inflight.poisoned:
+                mt.synchronize()
+            assert blocks(session, made) == [1] * workers
+            assert not session.inflight.poisoned and [w.poisoned for w in made] == [0] * workers
+        assert table.sum().item() == 16.0
+
+
 @pytest.mark.parametrize("workers", [2, 3, 4])
 @pytest.mark.parametrize("rows", [0, 1, 2])
 def test_a_batch_smaller_than_the_mesh_trains_like_on_one_worker(workers: int, rows: int) -> None:
@@ -457,7 +510,7 @@ def test_numpys_integers_and_floats_do_wherever_pythons_do(survivor: mt.Tensor) 
     ],
 )
 def test_what_is_no_integer_is_refused_at_the_call(survivor: mt.Tensor, call: Any) -> None:
-    with pytest.raises((mt.ShapeError, TypeError), match="integer|int of 64 bits"):
+    with pytest.raises((mt.ShapeError, TypeError), match=r"integer|int of 64 bits"):
         call(ones(2, 3))
 
 

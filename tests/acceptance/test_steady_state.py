@@ -247,3 +247,21 @@ def test_values_that_came_along_are_each_their_own_and_go_with_their_tensor() ->
         del kept, loss, x, y
         session.wait()
         assert not session.inflight.values and not session.inflight.unread
+
+
+def test_a_step_of_more_operations_than_a_batch_holds_is_cut_at_the_same_places_each_time() -> None:
+    with watched(2) as (session, _):
+        spy = Spy(session)
+        w = nn.Parameter(mt.ones((8, 8)))
+        opt, found = optim.SGD([w], lr=1e-3), []
+        x = mt.ones((4, 8), layout=mt.Shard(0))
+        for _ in range(6):
+            y = x
+            for _ in range(700):
+                y = (y @ w).tanh()
+            y.sum().backward()
+            opt.step()
+            opt.zero_grad()
+            found.append(spy.take())
+        assert not any(b.fresh for step in found[2:] for b in step)
+        assert len({len(step) for step in found[2:]}) == 1 and len(found[2]) > 1
