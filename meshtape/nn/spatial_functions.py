@@ -184,8 +184,8 @@ def _max_pool(name: str, dims: int, input: Any, kernel_size: Ints, stride: Ints 
 def _windows(name: str, dims: int, kernel_size: Ints, stride: Ints | None, padding: Ints,
              ceil_mode: bool) -> dict[str, Any]:
     kernel = numbers(kernel_size, dims, f"{name}: kernel_size")
-    default = stride is None or (not isinstance(stride, int) and not len(stride))
-    return {"kernel": kernel, "stride": kernel if default else numbers(stride, dims, f"{name}: stride"),
+    step = kernel if stride is None or stride == [] else numbers(stride, dims, f"{name}: stride")
+    return {"kernel": kernel, "stride": step,
             "padding": _pairs(padding, dims, f"{name}: padding"), "ceil_mode": bool(ceil_mode)}
 
 

@@ -5,8 +5,9 @@ x is (samples N, channels C, *spatial), w is (outputs O, C / groups, *kernel), t
     y[n, o, p] = sum over c, t of w[o, c, t] * x[n, c, p * stride + t * dilation - padding]
 
 (a cross-correlation, as everywhere in deep learning). All three rows are bilinear. The kernels gather windows
-into a matrix ("im2col") block by block, so that the matrix stays in cache, and multiply once per block;
-docs/decisions/0003-convolution.md says what was measured.
+into a matrix ("im2col") block by block, so that the matrix stays in cache, and multiply once per block; dense
+3 x 3 kernels between many channels go by minimal filtering (winograd.py). What was measured stands in
+docs/decisions/0003-convolution.md.
 
 Samples, input and output channels may be split: a split sum over the channels, or over the samples in a
 weight's gradient, is Partial. With groups, the groups may be split. Spatial dimensions are never split.
@@ -22,6 +23,7 @@ import numpy as np
 
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import IO, REQUIRED, Axes, Op, Sample, register
+from meshtape.runtime.ops import winograd
 from meshtape.runtime.ops.contraction import widen
 from meshtape.runtime.ops.reduce import sum_
 from meshtape.runtime.ops.rules import COMPLEX, floated
@@ -125,14 +127,17 @@ def _correlate(xp: Any, x: Any, w: Any, bias: Any, stride: Shape, padding: Pairs
                groups: int) -> Any:
     dtype, kernel = x.dtype, w.shape[2:]
     count = counts("conv", x.shape[2:], kernel, stride, padding, dilation)
-    x, filters = padded(xp, widen(x), padding), _grouped(widen(w), groups)
+    x, w, bias = widen(x), widen(w), None if bias is None else widen(bias)
+    if winograd.suits(xp, w.shape, stride, dilation, groups, count):
+        return winograd.correlate(xp, x, w, bias, padding, count, gathered(xp)).astype(dtype, copy=False)
+    x, filters = padded(xp, x, padding), _grouped(w, groups)
     out = xp.empty((len(x), len(w), *count), dtype)
     columns = WindowMatrix(xp, x, kernel, stride, dilation, count, groups)
     for samples, rows in columns.blocks():
         product = xp.matmul(filters, columns.take(samples, rows))
         product = product.reshape(len(w), samples.stop - samples.start, rows.stop - rows.start, *count[1:])
         if bias is not None:
-            product += widen(bias).reshape(-1, *(1,) * (len(count) + 1))
+            product += bias.reshape(-1, *(1,) * (len(count) + 1))
         out[samples, :, rows] = product.swapaxes(0, 1)
     return out
 
@@ -180,7 +185,10 @@ def _conv_input_grad(xp: Any, g: Any, w: Any, size: Shape, stride: Shape, paddin
                      groups: int) -> Any:
     """Each window's product with the weight, added where the window's taps lie ("col2im")."""
     dtype, kernel, count = g.dtype, w.shape[2:], g.shape[2:]
-    g, filters = widen(g), _grouped(widen(w), groups).swapaxes(1, 2)
+    g, w = widen(g), widen(w)
+    if winograd.suits(xp, w.shape, stride, dilation, groups, size) and max(map(max, padding)) < 3:
+        return winograd.input_grad(xp, g, w, padding, size, gathered(xp)).astype(dtype, copy=False)
+    filters = _grouped(w, groups).swapaxes(1, 2)
     channels = w.shape[1] * groups
     room = tuple(n + lo + hi for n, (lo, hi) in zip(size, padding, strict=True))
     out = xp.zeros((len(g), channels, *room), g.dtype)
@@ -197,7 +205,10 @@ def _conv_input_grad(xp: Any, g: Any, w: Any, size: Shape, stride: Shape, paddin
 def _conv_weight_grad(xp: Any, g: Any, x: Any, kernel: Shape, stride: Shape, padding: Pairs, dilation: Shape,
                       groups: int) -> Any:
     dtype, count = g.dtype, g.shape[2:]
-    g, x = widen(g), padded(xp, widen(x), padding)
+    g, x = widen(g), widen(x)
+    if winograd.suits(xp, (g.shape[1], x.shape[1], *kernel), stride, dilation, groups, count):
+        return winograd.weight_grad(xp, g, x, padding, gathered(xp)).astype(dtype, copy=False)
+    x = padded(xp, x, padding)
     outputs, channels = g.shape[1] // max(1, groups), x.shape[1] // max(1, groups)
     total = xp.zeros((groups, outputs, channels * prod(kernel)), g.dtype)
     columns = WindowMatrix(xp, x, kernel, stride, dilation, count, groups)

@@ -175,8 +175,10 @@ def test_adaptive_pools(size: Any) -> None:
     check(lambda x: F.adaptive_max_pool2d(x, size), lambda x: TF.adaptive_max_pool2d(x, size), [x], NUMBER)
     first = size if isinstance(size, int) else size[0]
     line = x[:, 0]
-    check(lambda x: F.adaptive_avg_pool1d(x, first), lambda x: TF.adaptive_avg_pool1d(x, first), [line], NUMBER)
-    check(lambda x: F.adaptive_max_pool1d(x, first), lambda x: TF.adaptive_max_pool1d(x, first), [line], NUMBER)
+    check(lambda x: F.adaptive_avg_pool1d(x, first), lambda x: TF.adaptive_avg_pool1d(x, first), [line],
+          NUMBER)
+    check(lambda x: F.adaptive_max_pool1d(x, first), lambda x: TF.adaptive_max_pool1d(x, first), [line],
+          NUMBER)
 
 
 # --- normalization ----------------------------------------------------------------------------------------

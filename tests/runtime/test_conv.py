@@ -11,7 +11,7 @@ import pytest
 
 from meshtape.runtime.errors import DTypeError, ShapeError
 from meshtape.runtime.op import lookup
-from meshtape.runtime.ops import conv, pool
+from meshtape.runtime.ops import conv, pool, winograd
 from meshtape.runtime.ops.windows import blocks, meetings, pool_counts
 
 Array = np.ndarray[Any, Any]
@@ -77,6 +77,39 @@ def test_memory_of_the_window_matrix_is_bounded(name: str) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2.5 * x.nbytes + 8 * conv.GATHERED        # all windows at once would take 9 * x.nbytes
+
+
+@pytest.mark.parametrize("limit", [1, 1 << 18])
+@pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (1, 0))])
+@pytest.mark.parametrize("size", [(6, 6), (7, 9), (3, 14)])
+def test_minimal_filtering_is_the_same_convolution(monkeypatch: pytest.MonkeyPatch, size: Any, padding: Any,
+                                                   limit: int) -> None:
+    x, w, b = RNG.normal(size=(5, 2, *size)), RNG.normal(size=(3, 2, 3, 3)), RNG.normal(size=3)
+    attrs = {**PLAIN, "padding": padding}
+    g = RNG.normal(size=run("conv", x, w, **attrs).shape)
+
+    def all_three() -> list[Array]:
+        return [run("conv_bias", x, w, b, **attrs), run("conv_input_grad", g, w, size=size, **attrs),
+                run("conv_weight_grad", g, x, kernel=(3, 3), **attrs)]
+
+    direct = all_three()
+    monkeypatch.setattr(winograd, "CHANNELS", 1)
+    monkeypatch.setattr(winograd, "WINDOWS", 1)
+    monkeypatch.setattr(winograd, "SHARE", 0.0)
+    monkeypatch.setattr(winograd, "AT_ONCE", 1)
+    monkeypatch.setattr(conv, "GATHERED", limit)
+    assert winograd.suits(np, w.shape, (1, 1), (1, 1), 1, g.shape[2:])
+    for got, wanted in zip(all_three(), direct, strict=True):
+        assert got.flags.c_contiguous
+        np.testing.assert_allclose(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_many_channels_in_single_precision() -> None:
+    x, w = RNG.normal(size=(2, 64, 12, 12)), RNG.normal(size=(48, 64, 3, 3))
+    single = run("conv", x.astype(np.float32), w.astype(np.float32), **PLAIN)
+    double = run("conv", x, w, **PLAIN)
+    assert single.dtype == np.float32
+    assert np.abs(single - double).max() < 3e-5 * np.abs(double).max()
 
 
 def test_blocks_cover_every_window_once_within_the_limit() -> None:
