@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from beside_torch import check, torch
 from beside_torch_modules import compare, compare_penalty
+from meshes import on
 
 import meshtape as mt
-from meshtape import nn
+from meshtape import nn, optim
 from meshtape.nn import functional as F
 
 TF = torch.nn.functional
@@ -244,3 +245,25 @@ def test_what_does_not_fit_is_refused_at_the_call() -> None:
     for call, kind, text in calls:
         with pytest.raises(kind, match=text):
             call()
+
+
+def test_training_with_dropout_is_the_same_on_any_mesh(workers: int) -> None:
+    def losses() -> list[float]:
+        mt.random.seed(4)
+        model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, 0.3, batch_first=True), nn.Flatten(),
+                              nn.Linear(40, 3))
+        opt = optim.AdamW(model.parameters(), lr=1e-2)
+        x = mt.tensor(X.swapaxes(0, 1), dtype="float32", layout=mt.Shard(0))
+        y = mt.tensor(np.array([0, 2, 1]), layout=mt.Shard(0))
+        found = []
+        for _ in range(5):
+            loss = F.cross_entropy(model(x), y)
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            found.append(loss.item())
+        return found
+
+    here = losses()
+    with on(1):
+        np.testing.assert_allclose(here, losses(), rtol=1e-4)
