@@ -75,7 +75,7 @@ def _input_grad_shape(g: Shape, w: Shape, size: Shape, groups: int, **geometry: 
 
 def _weight_grad_shape(g: Shape, x: Shape, kernel: Shape, groups: int, **geometry: Any) -> list[Shape]:
     check_ranks("conv_weight_grad", x, g)
-    w = (g[1], x[1] // max(1, groups), *kernel)
+    w = (g[1], x[1] // groups, *kernel)
     needed = _conv_shape(x, w, groups=groups, **geometry)[0]
     if g != needed:
         raise ShapeError(f"conv_weight_grad: for the input {x} and a kernel of {tuple(kernel)} the gradient "
@@ -120,7 +120,7 @@ def _own_groups(weight: Callable[[IO], Any]) -> Callable[[Attrs, IO], Attrs]:
 
 def _grouped(w: Any, groups: int) -> Any:
     """The weight as (groups, outputs of a group, taps of a group's channels)."""
-    return w.reshape(groups, w.shape[0] // max(1, groups), prod(w.shape[1:]))
+    return w.reshape(groups, w.shape[0] // groups, prod(w.shape[1:]))
 
 
 def _correlate(xp: Any, x: Any, w: Any, bias: Any, stride: Shape, padding: Pairs, dilation: Shape,
@@ -149,7 +149,7 @@ class WindowMatrix:
                  groups: int) -> None:
         self.view = windows(xp, x, kernel, stride, dilation, count)
         self.lead = (slice(None),) * (1 + len(kernel))
-        self.groups, self.taps = groups, x.shape[1] // max(1, groups) * prod(kernel)
+        self.groups, self.taps = groups, x.shape[1] // groups * prod(kernel)
         self.samples, self.count = len(x), count
         self.limit = gathered(xp)
         per_row = self.taps * groups * prod(count[1:])
@@ -169,7 +169,12 @@ class WindowMatrix:
 def _grad_columns(g: Any, samples: slice, rows: slice, groups: int) -> Any:
     """A block of an output's gradient as (groups, outputs of a group, windows)."""
     block = g[samples, :, rows].swapaxes(0, 1)
-    return block.reshape(groups, len(block) // max(1, groups), prod(block.shape[1:]))
+    return block.reshape(groups, len(block) // groups, prod(block.shape[1:]))
+
+
+def _products(xp: Any, left: Any, right: Any) -> Any:
+    """Matrix products; outer products (one output per group) are faster by broadcasting than by BLAS."""
+    return left * right if left.shape[-1] == 1 else xp.matmul(left, right)
 
 
 def _conv(xp: Any, x: Any, w: Any, stride: Shape, padding: Pairs, dilation: Shape, groups: int) -> Any:
@@ -183,18 +188,36 @@ def _conv_bias(xp: Any, x: Any, w: Any, b: Any, stride: Shape, padding: Pairs, d
 
 def _conv_input_grad(xp: Any, g: Any, w: Any, size: Shape, stride: Shape, padding: Pairs, dilation: Shape,
                      groups: int) -> Any:
+    """With stride 1 a correlation again, of g with the weight turned around; else products are scattered."""
+    spans = [span(k, apart) for k, apart in zip(w.shape[2:], dilation, strict=True)]
+    around = tuple((n - 1 - lo, n - 1 - hi) for n, (lo, hi) in zip(spans, padding, strict=True))
+    turns = set(stride) == {1} and min(map(min, around)) >= 0
+    # Gathering moves w.shape[0] channels and writes them; scattering adds up as many as x has.
+    if turns and (w.shape[0] <= 2 * w.shape[1] * groups
+                  or winograd.suits(xp, w.shape, stride, dilation, groups, size)):
+        return _correlate(xp, g, _turned(xp, w, groups), None, stride, around, dilation, groups)
+    return _scatter(xp, g, w, size, stride, padding, dilation, groups)
+
+
+def _turned(xp: Any, w: Any, groups: int) -> Any:
+    """The weight of the adjoint: taps in reverse, outputs and channels of each group exchanged."""
+    kernel = w.shape[2:]
+    flipped = xp.flip(w, axis=tuple(range(2, w.ndim)))
+    grouped = flipped.reshape(groups, w.shape[0] // groups, w.shape[1], *kernel).swapaxes(1, 2)
+    return xp.ascontiguousarray(grouped.reshape(groups * w.shape[1], w.shape[0] // groups, *kernel))
+
+
+def _scatter(xp: Any, g: Any, w: Any, size: Shape, stride: Shape, padding: Pairs, dilation: Shape,
+             groups: int) -> Any:
     """Each window's product with the weight, added where the window's taps lie ("col2im")."""
     dtype, kernel, count = g.dtype, w.shape[2:], g.shape[2:]
-    g, w = widen(g), widen(w)
-    if winograd.suits(xp, w.shape, stride, dilation, groups, size) and max(map(max, padding)) < 3:
-        return winograd.input_grad(xp, g, w, padding, size, gathered(xp)).astype(dtype, copy=False)
-    filters = _grouped(w, groups).swapaxes(1, 2)
+    g, filters = widen(g), _grouped(widen(w), groups).swapaxes(1, 2)
     channels = w.shape[1] * groups
     room = tuple(n + lo + hi for n, (lo, hi) in zip(size, padding, strict=True))
     out = xp.zeros((len(g), channels, *room), g.dtype)
     for samples, rows in blocks(len(g), count, channels * prod(kernel), gathered(xp)):
         taken = (samples.stop - samples.start, rows.stop - rows.start, *count[1:])
-        columns = xp.matmul(filters, _grad_columns(g, samples, rows, groups))
+        columns = _products(xp, filters, _grad_columns(g, samples, rows, groups))
         columns = columns.reshape(channels, *kernel, *taken)
         target = out[samples]
         for tap, where in tap_slices(kernel, stride, dilation, taken[1:], rows.start):
@@ -209,7 +232,7 @@ def _conv_weight_grad(xp: Any, g: Any, x: Any, kernel: Shape, stride: Shape, pad
     if winograd.suits(xp, (g.shape[1], x.shape[1], *kernel), stride, dilation, groups, count):
         return winograd.weight_grad(xp, g, x, padding, gathered(xp)).astype(dtype, copy=False)
     x = padded(xp, x, padding)
-    outputs, channels = g.shape[1] // max(1, groups), x.shape[1] // max(1, groups)
+    outputs, channels = g.shape[1] // groups, x.shape[1] // groups
     total = xp.zeros((groups, outputs, channels * prod(kernel)), g.dtype)
     columns = WindowMatrix(xp, x, kernel, stride, dilation, count, groups)
     for samples, rows in columns.blocks():

@@ -94,20 +94,13 @@ def correlate(xp: Any, x: Any, w: Any, bias: Any, padding: Pairs, count: Shape, 
     for samples, rows in patches.blocks():
         product = xp.matmul(filters, patches.take(samples, rows))
         tiles = xp.matmul(back, product.reshape(PATCH * PATCH, prod(product.shape[1:])))
-        tiles = tiles.reshape(TILE, TILE, outputs, samples.stop - samples.start, rows.stop - rows.start,
-                              across)
+        taken = (samples.stop - samples.start, rows.stop - rows.start)
+        tiles = tiles.reshape(TILE, TILE, outputs, *taken, across)
         if bias is not None:
             tiles += bias.reshape(-1, 1, 1, 1)
         out[samples, :, rows] = tiles.transpose(3, 2, 4, 0, 5, 1)
-    return xp.ascontiguousarray(out.reshape(len(x), outputs, TILE * down, TILE * across)[:, :, :count[0],
-                                                                                         :count[1]])
-
-
-def input_grad(xp: Any, g: Any, w: Any, padding: Pairs, size: Shape, limit: int) -> Any:
-    """The derivative by x: a correlation with the weight turned around. Needs padding of at most 2."""
-    turned = w[:, :, ::-1, ::-1].swapaxes(0, 1)
-    around = tuple((2 - lo, 2 - hi) for lo, hi in padding)
-    return correlate(xp, g, xp.ascontiguousarray(turned), None, around, size, limit)
+    whole = out.reshape(len(x), outputs, TILE * down, TILE * across)
+    return xp.ascontiguousarray(whole[:, :, :count[0], :count[1]])
 
 
 def weight_grad(xp: Any, g: Any, x: Any, padding: Pairs, limit: int) -> Any:

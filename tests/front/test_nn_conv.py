@@ -52,6 +52,7 @@ def test_conv2d(options: dict[str, Any]) -> None:
           NUMBER)
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")     # torch's, of the even kernel
 @pytest.mark.parametrize("padding", ["same", "valid"])
 def test_conv2d_with_padding_by_name(padding: str) -> None:
     inputs = [random(2, 3, 6, 5), random(4, 3, 4, 3)]
