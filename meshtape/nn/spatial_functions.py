@@ -110,7 +110,8 @@ def _conv_padding(name: str, padding: Padding, kernel: Sequence[int], stride: Se
 
 
 def conv_transpose1d(input: Any, weight: Tensor, bias: Tensor | None = None, stride: Ints = 1,
-                     padding: Ints = 0, output_padding: Ints = 0, groups: int = 1, dilation: Ints = 1) -> Tensor:
+                     padding: Ints = 0, output_padding: Ints = 0, groups: int = 1,
+                     dilation: Ints = 1) -> Tensor:
     """The adjoint of conv1d: (N, C, L) and `weight` (C, O / groups, K) give (N, O, L').
 
     `output_padding` adds elements at the end of L', of which stride leaves the size open. Raises ShapeError.
@@ -120,7 +121,8 @@ def conv_transpose1d(input: Any, weight: Tensor, bias: Tensor | None = None, str
 
 
 def conv_transpose2d(input: Any, weight: Tensor, bias: Tensor | None = None, stride: Ints = 1,
-                     padding: Ints = 0, output_padding: Ints = 0, groups: int = 1, dilation: Ints = 1) -> Tensor:
+                     padding: Ints = 0, output_padding: Ints = 0, groups: int = 1,
+                     dilation: Ints = 1) -> Tensor:
     """The adjoint of conv2d: (N, C, H, W) and `weight` (C, O / groups, KH, KW) give (N, O, H', W').
 
     `output_padding` adds elements at the end of H' and W', whose size stride leaves open. Raises ShapeError.
