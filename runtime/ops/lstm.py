@@ -15,7 +15,15 @@ from meshtape.runtime.op import lookup
 from meshtape.runtime.ops.activation import sigmoid
 from meshtape.runtime.ops.contraction import matmul
 from meshtape.runtime.ops.pointwise import add, mul, tanh
-from meshtape.runtime.ops.recurrent import Layer, halve_and_shift, projected, stacked, weight_grads, wide
+from meshtape.runtime.ops.recurrent import (
+    Layer,
+    halve_and_shift,
+    projected,
+    stacked,
+    step_runs,
+    weight_grads,
+    wide,
+)
 
 ORDER = (0, 1, 3, 2)
 
@@ -45,54 +53,53 @@ def _lstm_grad(xp: Any, g_y: Any, g_c: Any, g_gates: Any, x: Any, h0: Any, c0: A
     dtype, width = x.dtype, w_hh.shape[1]
     g_y, g_c, x, h0, c0, w_ih, w_hh, y, c = map(wide, (g_y, g_c, x, h0, c0, w_ih, w_hh, y, c))
     d = xp.empty((*y.shape[:2], 4 * width), y.dtype)
-    dh, dc = xp.zeros(h0.shape, h0.dtype), xp.zeros(h0.shape, h0.dtype)
-    slopes, u = xp.empty((3, *h0.shape), h0.dtype), xp.empty(h0.shape, h0.dtype)
-    for t in reversed(range(len(y))):
-        if hasattr(g_y, "dtype"):
-            dh += g_y[t]
-        if hasattr(g_c, "dtype"):
-            dc += g_c[t]
-        through = g_gates[:, t] if hasattr(g_gates, "dtype") else None
-        _step_grad(xp, d[t], dh, dc, gates[:, t], y[t], c[t], c[t - 1] if t else c0, through, slopes, u)
-        dc *= gates[1, t]
-        xp.matmul(d[t], w_hh, out=dh)
+    dh, dc, u = (xp.zeros(h0.shape, h0.dtype) for _ in range(3))
+    for steps in step_runs(xp, y.shape):
+        factors, by_cell, direct = _factors(xp, steps, gates, y, c, c0, g_gates)
+        for k in reversed(range(len(by_cell))):
+            t = steps.start + k
+            by_gate = d[t].reshape(-1, 4, width).swapaxes(0, 1)
+            if hasattr(g_y, "dtype"):
+                dh += g_y[t]
+            if hasattr(g_c, "dtype"):
+                dc += g_c[t]
+            dc += xp.multiply(dh, by_cell[k], out=u)
+            xp.multiply(factors[:3, k], dc, out=by_gate[:3])
+            xp.multiply(factors[3, k], dh, out=by_gate[3])
+            if direct is not None:
+                by_gate += direct[:, k]
+            dc *= gates[1, t]
+            xp.matmul(d[t], w_hh, out=dh)
     dx, *rest = weight_grads(xp, d, x, h0, y, w_ih)
     return tuple(a.astype(dtype, copy=False) for a in (dx, dh, dc, *rest))
 
 
-def _step_grad(xp: Any, d: Any, dh: Any, dc: Any, gates: Any, y: Any, c: Any, before: Any, through: Any,
-               slopes: Any, u: Any) -> None:
-    """Fills `d` (B, 4H) with the gradients of one step's pre-activations, and adds to dc what comes through
-    h.
+def _factors(xp: Any, steps: slice, gates: Any, y: Any, c: Any, c0: Any,
+             g_gates: Any) -> tuple[Any, Any, Any]:
+    """What does not depend on dh and dc, for a run of steps.
 
-    `through` are gradients that reach the gates (4, B, H) themselves; `slopes` and `u` are room to work in.
+    The factors (4, steps, B, H), in torch's order of gates, from dc (of o: from dh) to the pre-activations;
+    the factor from dh to dc; and what reaches the pre-activations from gradients of the gates themselves, if
+    any.
     """
-    width = dh.shape[1]
-    d_i, d_f, d_g, d_o = (d[:, k * width:(k + 1) * width] for k in range(4))
-    i, _, o, g = gates
-    s = gates[:3]
-    xp.multiply(s, s, out=slopes)
-    xp.subtract(s, slopes, out=slopes)
-    xp.tanh(c, out=u)
-    by_o = xp.multiply(dh, u, out=d_o)
-    u *= y                                  # dh/dc = o * (1 - tanh(c)^2) = o - tanh(c) * y
-    xp.subtract(o, u, out=u)
-    u *= dh
-    dc += u
-    for k, (out, factor) in enumerate(((d_i, g), (d_f, before))):
-        xp.multiply(dc, factor, out=u)
-        if through is not None:
-            u += through[k]
-        xp.multiply(u, slopes[k], out=out)
-    if through is not None:
-        by_o += through[2]
-    by_o *= slopes[2]
-    xp.multiply(g, g, out=slopes[0])
-    xp.subtract(1, slopes[0], out=slopes[0])
-    xp.multiply(dc, i, out=u)
-    if through is not None:
-        u += through[3]
-    xp.multiply(u, slopes[0], out=d_g)
+    i, _, o, g = gates[:, steps]
+    found = xp.empty((4, *i.shape), i.dtype)
+    by_i, by_f, by_g, by_o = found
+    xp.multiply(gates[:2, steps], gates[:2, steps], out=found[:2])
+    xp.subtract(gates[:2, steps], found[:2], out=found[:2])
+    xp.multiply(o, o, out=by_o)
+    xp.subtract(o, by_o, out=by_o)
+    xp.multiply(g, g, out=by_g)
+    xp.subtract(1, by_g, out=by_g)
+    direct = found * g_gates[list(ORDER), steps] if hasattr(g_gates, "dtype") else None
+    cell = xp.tanh(c[steps])
+    by_i *= g
+    by_f[0] *= c[steps.start - 1] if steps.start else c0
+    by_f[1:] *= c[steps.start:steps.stop - 1]
+    by_g *= i
+    by_o *= cell
+    cell *= y[steps]                        # dh/dc = o * (1 - tanh(c)^2) = o - tanh(c) * y
+    return found, xp.subtract(o, cell, out=cell), direct
 
 
 def _lstm_steps(x: Any, h0: Any, c0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> Any:

@@ -13,9 +13,11 @@ rows come from differentiating the layer written step by step in elementary rows
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from meshtape.runtime.dtypes import promote
 from meshtape.runtime.errors import ShapeError
@@ -29,6 +31,7 @@ from meshtape.runtime.ops.rules import BOOL, COMPLEX, INTEGER, check_kind
 from meshtape.runtime.shards import Shape
 
 Vjp = Callable[..., Any]
+CACHED = 16384          # elements of a run of steps; about ten arrays of this size are in use at a time
 NONLINEARITY: dict[str, Any] = {"nonlinearity": "tanh"}
 
 
@@ -172,6 +175,13 @@ def projected(xp: Any, x: Any, w: Any, bias: Any, order: Sequence[int], halved: 
         w = xp.concatenate([w, bias[:, None]], axis=1)
     xp.matmul(rows, stacked(xp, w, order, halved), out=out.reshape(len(order), len(rows), out.shape[-1]))
     return out
+
+
+def step_runs(xp: Any, shape: Shape) -> Iterator[slice]:
+    """Runs of steps of an array (T, B, H), the last first, that the cache holds with what belongs to them."""
+    steps, batch, width = shape
+    size = max(1, CACHED // max(1, batch * width)) if xp is np else steps
+    return (slice(max(0, stop - size), stop) for stop in range(steps, 0, -size))
 
 
 def halve_and_shift(s: Any) -> None:
