@@ -16,7 +16,8 @@ class Body(NamedTuple):
     """A program and its digest; `origin[step]` is the recorded instruction it came from.
 
     `external` are the slots that are bound before the first step, `types` the types of the slots that steps
-    make, and `asked` the slots whose values the user fetched after an earlier run: they come with the reply.
+    make, `feeds` those of them that are fed, and `asked` those whose values the user fetched after an earlier
+    run: they come with the reply.
     """
 
     digest: bytes
@@ -25,6 +26,7 @@ class Body(NamedTuple):
     external: tuple[int, ...]
     types: dict[int, TensorType]
     asked: set[int]
+    feeds: tuple[int, ...]
 
 
 def assemble(recorded: Sequence[int], instrs: Sequence[Instr], n_slots: int, dead: tuple[int, ...],
@@ -44,4 +46,5 @@ def assemble(recorded: Sequence[int], instrs: Sequence[Instr], n_slots: int, dea
     for s in steps:
         external.update(dict.fromkeys(i for i in s.ins if i >= 0 and i not in types))
         types.update(zip(s.outs, instrs[s.number].outs, strict=True))
-    return Body(digest, program, tuple(s.origin for s in steps), tuple(external), types, set())
+    fed = tuple(s.outs[0] for s in steps if instrs[s.number].op == "feed")
+    return Body(digest, program, tuple(s.origin for s in steps), tuple(external), types, set(), fed)

@@ -21,6 +21,7 @@ from meshtape.runtime.shards import REPLICATE, Placements, is_partial, piece
 from meshtape.scheduler.body import Body, assemble
 from meshtape.scheduler.cost import CPU, LINKS
 from meshtape.scheduler.inflight import Inflight, Sent
+from meshtape.scheduler.interrupt import Whole
 from meshtape.scheduler.layout import Axes, Spec
 from meshtape.scheduler.planner import Plan, Planner
 from meshtape.scheduler.sites import Site, user_site
@@ -118,7 +119,7 @@ class Session:
         self.names: list[int] = []              # id of every slot, -1 for temporaries
         self.scalars: list[Any] = []
         self.sites: list[Site] = []
-        self.feeds: list[tuple[np.ndarray[Any, Any], Placements]] = []
+        self.feeds: dict[int, tuple[np.ndarray[Any, Any], Placements]] = {}     # by slot
         self.temporary: list[int] = []
 
     # --- recording ----------------------------------------------------------------------------------
@@ -258,7 +259,7 @@ class Session:
         number = self._feed_numbers.get(spec)
         if number is None:
             number = self._feed_numbers[spec] = self.planner.number(Instr("feed", (), (), (spec.wire,)))
-        self.feeds.append((array, placements))
+        self.feeds[len(self.names)] = (array, placements)
         return self._new(number), spec
 
     def draw(self) -> Draw:
@@ -289,21 +290,21 @@ class Session:
             wanted += [Fetch(name, body.types[s]) for name, s in unasked.items()]
             self.inflight.unread.update((name, (body, s)) for name, s in unasked.items())
         digest, fresh = (b"", False) if body is None else (body.digest, body.digest not in self._known)
-        batch, feeds = self._batch + 1, self._cut_feeds()
+        batch, feeds = self._batch + 1, self._cut_feeds(() if body is None else body.feeds)
         runs = [Run(batch, digest, self.names, self.scalars, feeds[rank], wanted, frees, self._drop,
                     body.program if body and fresh else None, self.tracer is not None)
                 for rank in range(self.mesh.size)]
-        # From here on the batch counts as sent: nothing slow may come in between, where Ctrl-C would strike.
-        sent = Sent(body, self.names, self.sites, wanted, frees, [])
-        self._count(body is not None and not fresh)
-        self._batch, self._drop = batch, []
-        self.inflight.add(batch, sent)
-        if body is not None:
-            self.last = sent
-            self._known.add(digest)
         ops = len(self.sites)
-        self._begin()
-        self.mesh.send(runs)
+        with Whole():       # what is noted as sent is sent, to all
+            self._count(body is not None and not fresh)
+            sent = Sent(body, self.names, self.sites, wanted, frees, [])
+            self._batch, self._drop = batch, []
+            self.inflight.add(batch, sent)
+            if body is not None:
+                self.last = sent
+                self._known.add(digest)
+            self._begin()
+            self.mesh.send(runs)
         if self.tracer is not None:
             fed = sum(a.nbytes for rank in feeds for a in rank)
             self.tracer.flushed(batch, start, ops, not fresh, fed)
@@ -341,10 +342,10 @@ class Session:
                 self._drop.append(old.digest)
         return body
 
-    def _cut_feeds(self) -> list[list[Any]]:
-        """Each rank's pieces of the arrays fed in."""
+    def _cut_feeds(self, slots: Sequence[int]) -> list[list[Any]]:
+        """Each rank's pieces of the arrays fed in to `slots`."""
         out: list[list[Any]] = [[] for _ in self.inflight.coords]
-        for array, placements in self.feeds:
+        for array, placements in (self.feeds[slot] for slot in slots):
             split = any(p != REPLICATE for p in placements)
             for rank, coord in enumerate(self.inflight.coords):
                 mine = (

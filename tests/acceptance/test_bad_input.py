@@ -517,7 +517,7 @@ def test_what_is_no_integer_is_refused_at_the_call(survivor: mt.Tensor, call: An
 def test_ctrl_c_while_a_batch_is_put_together_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """The batch stays pending, and its program is sent when it goes out after all."""
     with on(2) as session:
-        def interrupted() -> Any:
+        def interrupted(slots: Any) -> Any:
             monkeypatch.undo()
             raise KeyboardInterrupt
 

@@ -172,7 +172,8 @@ def test_after_a_loss_init_makes_a_new_mesh_without_shutdown(two_nodes: Any) -> 
 
 # A program that trains for ever, after saying who its workers are.
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell's background jobs ignore it
 sys.path.insert(0, {tests!r})
 import digits
 import meshtape as mt
