@@ -132,7 +132,7 @@ def test_what_cannot_travel_in_a_message_is_an_error_and_no_more(mesh: Any) -> N
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_lost_worker_is_named_within_five_seconds_and_a_new_mesh_works(two_nodes: Any, how: int) -> None:
-    mt.init(workers=2)
+    mt.init(workers=2, heartbeat_timeout=3.0)       # the default of 4 s leaves a busy machine half a second
     victim, other = places()[1], places()[0]
     spy = Spy(current.session())
     when = [0.0]
