@@ -104,15 +104,17 @@ def _batch_variance(xp: Any, x: Any, mean: Any, count: int) -> Any:
     return total / max(1, count)
 
 
-def _batch_norm(xp: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any, training: bool) -> Any:
+def _batch_norm(xp: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any, training: bool,
+                out: Any = None) -> Any:
     planes, scale = _planes(x), _column(rstd * weight)
-    out = xp.empty(planes.shape, x.dtype)
+    result = xp.empty(x.shape, x.dtype) if out is None else out
+    target = _planes(result)
     for run in _runs(xp, planes):
         centered = planes[run] - _column(mean)
         centered *= scale
         centered += _column(bias)
-        out[run] = centered
-    return out.reshape(x.shape)
+        target[run] = centered
+    return result
 
 
 def _batch_norm_sums(xp: Any, g: Any, x: Any, mean: Any, rstd: Any, training: bool) -> Any:
@@ -127,19 +129,21 @@ def _batch_norm_sums(xp: Any, g: Any, x: Any, mean: Any, rstd: Any, training: bo
 
 
 def _batch_norm_grad(xp: Any, g: Any, x: Any, mean: Any, rstd: Any, weight: Any, sums: Any,
-                     count: int) -> Any:
+                     count: int | None, out: Any = None) -> Any:
     upstream, planes = _planes(g), _planes(x)
-    scale, means = _column(rstd * weight), sums / max(1, count)
+    n = per_channel(x.shape) if count is None else count
+    scale, means = _column(rstd * weight), sums / max(1, n)
     slope, offset = _column(rstd * means[1]), _column(means[0])
-    out = xp.empty(planes.shape, x.dtype)
+    result = xp.empty(x.shape, x.dtype) if out is None else out
+    target = _planes(result)
     for run in _runs(xp, planes):
         taken = planes[run] - _column(mean)
         taken *= slope
         taken += offset
         xp.subtract(upstream[run], taken, out=taken)
         taken *= scale
-        out[run] = taken
-    return out.reshape(x.shape)
+        target[run] = taken
+    return result
 
 
 # --- derivatives ----------------------------------------------------------------------------------------
@@ -303,5 +307,6 @@ batch_norm_sums: Op = register(Op(
     samples=lambda: [Sample((s, *_given(s)), diff=False) for s in _SHAPES]))
 batch_norm_grad: Op = register(Op(
     "batch_norm_grad", kernel=_batch_norm_grad, attrs={"count": None}, shape=_grad_shape, dtype=_grad_dtype,
-    axes=_grad_axes, local=_count, keeps="g x mean rstd weight sums", vjp=_grad_vjp,
+    axes=_grad_axes, local=_count, keeps="g x mean rstd weight sums",
+    vjp=_grad_vjp,
     samples=lambda: [Sample((s, *_given(s), s[1:2], (2, s[1])), diff=False) for s in _SHAPES]))

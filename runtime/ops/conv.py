@@ -27,7 +27,17 @@ from meshtape.runtime.ops import winograd
 from meshtape.runtime.ops.contraction import widen
 from meshtape.runtime.ops.reduce import sum_
 from meshtape.runtime.ops.rules import COMPLEX, floated
-from meshtape.runtime.ops.windows import Pairs, blocks, counts, padded, span, tap_slices, unpadded, windows
+from meshtape.runtime.ops.windows import (
+    Pairs,
+    blocks,
+    counts,
+    padded,
+    placed,
+    span,
+    tap_slices,
+    unpadded,
+    windows,
+)
 from meshtape.runtime.shards import Shape
 
 Attrs = dict[str, Any]
@@ -124,14 +134,16 @@ def _grouped(w: Any, groups: int) -> Any:
 
 
 def _correlate(xp: Any, x: Any, w: Any, bias: Any, stride: Shape, padding: Pairs, dilation: Shape,
-               groups: int) -> Any:
+               groups: int,
+               out: Any) -> Any:
     dtype, kernel = x.dtype, w.shape[2:]
     count = counts("conv", x.shape[2:], kernel, stride, padding, dilation)
     x, w, bias = widen(x), widen(w), None if bias is None else widen(bias)
     if winograd.suits(xp, w.shape, stride, dilation, groups, count):
-        return winograd.correlate(xp, x, w, bias, padding, count, gathered(xp)).astype(dtype, copy=False)
+        return placed(winograd.correlate(xp, x, w, bias, padding, count, gathered(xp)), dtype, out)
     x, filters = padded(xp, x, padding), _grouped(w, groups)
-    out = xp.empty((len(x), len(w), *count), dtype)
+    if out is None:
+        out = xp.empty((len(x), len(w), *count), dtype)
     columns = WindowMatrix(xp, x, kernel, stride, dilation, count, groups)
     for samples, rows in columns.blocks():
         product = xp.matmul(filters, columns.take(samples, rows))
@@ -177,17 +189,18 @@ def _products(xp: Any, left: Any, right: Any) -> Any:
     return left * right if left.shape[-1] == 1 else xp.matmul(left, right)
 
 
-def _conv(xp: Any, x: Any, w: Any, stride: Shape, padding: Pairs, dilation: Shape, groups: int) -> Any:
-    return _correlate(xp, x, w, None, stride, padding, dilation, groups)
+def _conv(xp: Any, x: Any, w: Any, stride: Shape, padding: Pairs, dilation: Shape, groups: int,
+          out: Any = None) -> Any:
+    return _correlate(xp, x, w, None, stride, padding, dilation, groups, out)
 
 
 def _conv_bias(xp: Any, x: Any, w: Any, b: Any, stride: Shape, padding: Pairs, dilation: Shape,
-               groups: int) -> Any:
-    return _correlate(xp, x, w, b, stride, padding, dilation, groups)
+               groups: int, out: Any = None) -> Any:
+    return _correlate(xp, x, w, b, stride, padding, dilation, groups, out)
 
 
 def _conv_input_grad(xp: Any, g: Any, w: Any, size: Shape, stride: Shape, padding: Pairs, dilation: Shape,
-                     groups: int) -> Any:
+                     groups: int, out: Any = None) -> Any:
     """With stride 1 a correlation again, of g with the weight turned around; else products are scattered."""
     spans = [span(k, apart) for k, apart in zip(w.shape[2:], dilation, strict=True)]
     around = tuple((n - 1 - lo, n - 1 - hi) for n, (lo, hi) in zip(spans, padding, strict=True))
@@ -195,8 +208,8 @@ def _conv_input_grad(xp: Any, g: Any, w: Any, size: Shape, stride: Shape, paddin
     # Gathering moves w.shape[0] channels and writes them; scattering adds up as many as x has.
     if turns and (w.shape[0] <= 2 * w.shape[1] * groups
                   or winograd.suits(xp, w.shape, stride, dilation, groups, size)):
-        return _correlate(xp, g, _turned(xp, w, groups), None, stride, around, dilation, groups)
-    return _scatter(xp, g, w, size, stride, padding, dilation, groups)
+        return _correlate(xp, g, _turned(xp, w, groups), None, stride, around, dilation, groups, out)
+    return placed(_scatter(xp, g, w, size, stride, padding, dilation, groups), g.dtype, out)
 
 
 def _turned(xp: Any, w: Any, groups: int) -> Any:
@@ -210,7 +223,7 @@ def _turned(xp: Any, w: Any, groups: int) -> Any:
 def _scatter(xp: Any, g: Any, w: Any, size: Shape, stride: Shape, padding: Pairs, dilation: Shape,
              groups: int) -> Any:
     """Each window's product with the weight, added where the window's taps lie ("col2im")."""
-    dtype, kernel, count = g.dtype, w.shape[2:], g.shape[2:]
+    kernel, count = w.shape[2:], g.shape[2:]
     g, filters = widen(g), _grouped(widen(w), groups).swapaxes(1, 2)
     channels = w.shape[1] * groups
     room = tuple(n + lo + hi for n, (lo, hi) in zip(size, padding, strict=True))
@@ -222,15 +235,15 @@ def _scatter(xp: Any, g: Any, w: Any, size: Shape, stride: Shape, padding: Pairs
         target = out[samples]
         for tap, where in tap_slices(kernel, stride, dilation, taken[1:], rows.start):
             target[(..., *where)] += columns[(slice(None), *tap)].swapaxes(0, 1)
-    return unpadded(out, padding).astype(dtype, copy=False)
+    return unpadded(out, padding)
 
 
 def _conv_weight_grad(xp: Any, g: Any, x: Any, kernel: Shape, stride: Shape, padding: Pairs, dilation: Shape,
-                      groups: int) -> Any:
+                      groups: int, out: Any = None) -> Any:
     dtype, count = g.dtype, g.shape[2:]
     g, x = widen(g), widen(x)
     if winograd.suits(xp, (g.shape[1], x.shape[1], *kernel), stride, dilation, groups, count):
-        return winograd.weight_grad(xp, g, x, padding, gathered(xp)).astype(dtype, copy=False)
+        return placed(winograd.weight_grad(xp, g, x, padding, gathered(xp)), dtype, out)
     x = padded(xp, x, padding)
     outputs, channels = g.shape[1] // groups, x.shape[1] // groups
     total = xp.zeros((groups, outputs, channels * prod(kernel)), g.dtype)
@@ -238,7 +251,7 @@ def _conv_weight_grad(xp: Any, g: Any, x: Any, kernel: Shape, stride: Shape, pad
     for samples, rows in columns.blocks():
         gradient = _grad_columns(g, samples, rows, groups)
         total += xp.matmul(gradient, columns.take(samples, rows).swapaxes(1, 2))
-    return total.reshape(groups * outputs, channels, *kernel).astype(dtype, copy=False)
+    return placed(total.reshape(groups * outputs, channels, *kernel), dtype, out)
 
 
 # --- rows -----------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import REQUIRED, Axes, Op, Sample, register
 from meshtape.runtime.ops.contraction import widen
 from meshtape.runtime.ops.rules import COMPLEX, floated, promoted
-from meshtape.runtime.ops.windows import Pairs, meetings, pool_counts, span, tap_meetings
+from meshtape.runtime.ops.windows import Pairs, meetings, placed, pool_counts, span, tap_meetings
 from meshtape.runtime.shards import Shape
 
 Attrs = dict[str, Any]
@@ -134,21 +134,21 @@ def _max_grad_shape(g: Shape, tap: Shape, size: Shape, **geometry: Any) -> list[
 
 
 def _max_grad(xp: Any, g: Any, tap: Any, size: Shape, kernel: Shape, stride: Shape, padding: Pairs,
-              dilation: Shape, ceil_mode: bool) -> Any:
+              dilation: Shape, ceil_mode: bool, out: Any = None) -> Any:
     dtype = g.dtype
     g = widen(g)
-    out = xp.zeros((*g.shape[:2], *size), g.dtype)
+    total = xp.zeros((*g.shape[:2], *size), g.dtype)
     apart = all(s >= span(k, d) for s, k, d in zip(stride, kernel, dilation, strict=True))
     met = list(tap_meetings(size, kernel, stride, padding, dilation, g.shape[2:]))
-    for run in _sample_runs(xp, out.shape):
-        upstream, number, target = g[run], tap[run], out[run]
+    for run in _sample_runs(xp, total.shape):
+        upstream, number, target = g[run], tap[run], total[run]
         for k, windows, elements in met:
             here, there = (..., *windows), (..., *elements)
             if apart:
                 xp.multiply(upstream[here], number[here] == k, out=target[there])
             else:
                 target[there] += upstream[here] * (number[here] == k)
-    return out.astype(dtype, copy=False)
+    return placed(total, dtype, out)
 
 
 def _max_take_shape(x: Shape, tap: Shape, **geometry: Any) -> list[Shape]:

@@ -50,6 +50,14 @@ def no_room(name: str, dimension: int, n: int, padding: int, window: int) -> Sha
                       f"{padding} of padding; use more padding, or a smaller kernel or dilation")
 
 
+def placed(result: Any, dtype: Any, out: Any) -> Any:
+    """`result` in `dtype`, in `out` if there is one."""
+    if out is None:
+        return result.astype(dtype, copy=False)
+    out[...] = result
+    return out
+
+
 def padded(xp: Any, x: Any, padding: Pairs) -> Any:
     """`x` with zeros around its spatial dimensions."""
     if not any(lo or hi for lo, hi in padding):
