@@ -47,8 +47,10 @@ class RayActors:
         bundle = {"CPU": 1.0, "GPU": 1.0} if gpu else {"CPU": 1.0}
         check_slots(workers, bundle, self.connection.started)
         # One CPU worker per node is there to use that node's cores; otherwise neighbours share memory.
-        spread = not gpu and workers == len(alive_nodes())
-        self._group = placement_group([bundle] * workers, strategy="SPREAD" if spread else "PACK")
+        # Strict: plain SPREAD doubles up on a node while slots of a mesh just closed are being given back.
+        able = sum(node["Resources"].get("CPU", 0) >= 1 for node in alive_nodes())
+        strategy = "STRICT_SPREAD" if not gpu and workers == able > 1 else "PACK"
+        self._group = placement_group([bundle] * workers, strategy=strategy)
         if not self._group.wait(timeout_seconds=PLACEMENT_SECONDS):
             free = ray.available_resources()  # type: ignore[no-untyped-call]
             raise MeshError(f"workers={workers}: the cluster has as many slots, but others use them (free: "

@@ -57,7 +57,7 @@ __array_api_version__ = "2024.12"
 
 e, pi, inf, nan, newaxis = 2.718281828459045, 3.141592653589793, float("inf"), float("nan"), None
 
-_LAZY = {"nn", "optim", "data", "random", "linalg"}
+_LAZY = {"nn", "optim", "data", "random"}
 _LAZY_NAMES = {"save": "checkpoint_file", "load": "checkpoint_file", "load_metadata": "checkpoint_file"}
 
 
