@@ -8,8 +8,8 @@ anything else, and with create_graph it is itself on the tape.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ContextDecorator
 from typing import Any
 
 from meshtape.autograd.replay import Replays, Trace, replay, survey
@@ -18,6 +18,7 @@ from meshtape.runtime.dtypes import is_differentiable
 from meshtape.runtime.errors import GradError, ShapeError
 from meshtape.runtime.op import lookup
 from meshtape.scheduler import current
+from meshtape.scheduler.interrupt import Whole
 from meshtape.scheduler.planner import Plan
 from meshtape.scheduler.session import Session
 from meshtape.scheduler.sites import Site, site_text, user_site
@@ -178,10 +179,13 @@ class CheckpointNode(AnyNode):
             )
         args = [a.detach().requires_grad_() if isinstance(a, Tensor) and a.edge is not None else a
                 for a in self.args]
-        draws, session.draws = session.draws, self.draws
-        with set_grad_enabled(True):
-            out = self.function(*args)
-        session.draws = draws
+        draws = session.draws
+        try:
+            session.draws = self.draws
+            with set_grad_enabled(True):
+                out = self.function(*args)
+        finally:
+            session.draws = draws
         outs = out if isinstance(out, tuple | list) else (out,)
         roots = [
             (o.edge, g) for o, g in zip(outs, grads, strict=True) if g is not None and o.edge is not None
@@ -201,9 +205,10 @@ def walk(roots: Sequence[tuple[Edge, Tensor]], *, retain_graph: bool, create_gra
     Leaves accumulate into `.grad`, unless `captured` names the edges whose gradients are wanted instead.
     """
     session = current.session()
-    enabled, session.grad_enabled = session.grad_enabled, create_graph
-    site, session.site = session.site, session.site or user_site()
+    enabled, site = session.grad_enabled, session.site
     try:
+        session.grad_enabled = create_graph
+        session.site = site or user_site()
         if len(roots) > 1 or create_graph or captured is not None or vars(session).get("record"):
             _walk(roots, session, retain_graph, captured)
             return
@@ -218,7 +223,7 @@ def walk(roots: Sequence[tuple[Edge, Tensor]], *, retain_graph: bool, create_gra
         if found is not None:
             replay(found, seen, session, session.site)
         else:
-            with Trace(session) as trace:
+            with Whole(), Trace(session) as trace:
                 _walk(roots, session, True, None)
             session.replays.keep(seen.key, trace.replay(seen))
         if not retain_graph:
@@ -394,14 +399,25 @@ def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
     return made if isinstance(out, tuple | list) else made[0]
 
 
-@contextmanager
-def set_grad_enabled(enabled: bool) -> Iterator[None]:
-    """Inside, ops are put on the tape (True) or not (False)."""
-    session = current.session()
-    before, session.grad_enabled = session.grad_enabled, enabled
-    try:
-        yield
-    finally:
-        session.grad_enabled = before
+class set_grad_enabled(ContextDecorator):
+    """Inside, ops are put on the tape (True) or not (False). Also decorates functions.
+
+    A class, and not a generator: Ctrl-C inside of a generator's machinery would leave the tape switched off.
+    """
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+
+    def _recreate_cm(self) -> set_grad_enabled:
+        """One for each call of a decorated function, which may call itself."""
+        return set_grad_enabled(self._enabled)
+
+    def __enter__(self) -> None:
+        self._session = current.session()
+        self._before = self._session.grad_enabled
+        self._session.grad_enabled = self._enabled
+
+    def __exit__(self, *exc: object) -> None:
+        self._session.grad_enabled = self._before
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-
 from meshtape.autograd import set_grad_enabled
 from meshtape.scheduler import current
 
 
-def no_grad() -> AbstractContextManager[None]:
+def no_grad() -> set_grad_enabled:
     """Inside (or in a function decorated with no_grad()), nothing is put on the tape."""
     return set_grad_enabled(False)
 
 
-def enable_grad() -> AbstractContextManager[None]:
+def enable_grad() -> set_grad_enabled:
     """Inside, the tape records again."""
     return set_grad_enabled(True)
 

@@ -14,6 +14,7 @@ from meshtape.gradmode import enable_grad
 from meshtape.runtime.dtypes import is_floating
 from meshtape.runtime.errors import DTypeError, StateError
 from meshtape.runtime.op import lookup
+from meshtape.scheduler.interrupt import Whole
 from meshtape.scheduler.sites import user_site
 
 Group = dict[str, Any]
@@ -97,15 +98,17 @@ class Optimizer:
         if not active:
             return loss
         session = owner_session(active[0])
-        site, session.site = session.site, session.site or user_site()
-        enabled, session.grad_enabled = session.grad_enabled, False
-        try:
-            for group in self.param_groups:
-                for params in self._alike(group):
-                    self.update(group, params)
-            session.flush()
-        finally:
-            session.site, session.grad_enabled = site, enabled
+        enabled, site = session.grad_enabled, session.site
+        with Whole():       # Ctrl-C does not leave some parameters updated and others not
+            try:
+                session.grad_enabled = False
+                session.site = site or user_site()
+                for group in self.param_groups:
+                    for params in self._alike(group):
+                        self.update(group, params)
+            finally:
+                session.grad_enabled, session.site = enabled, site
+        session.flush()
         return loss
 
     def _alike(self, group: Group) -> list[list[Tensor]]:
