@@ -10,7 +10,7 @@ from meshtape.runtime.op import lookup
 from meshtape.runtime.shards import REPLICATE, is_partial
 
 
-def _t(x: Any) -> Any:
+def _t(x: Any) -> Tensor:
     return x if isinstance(x, Tensor) else as_tensor(x)
 
 
@@ -45,8 +45,10 @@ def batch_norm(input: Any, running_mean: Tensor | None, running_var: Tensor | No
         raise ShapeError("batch_norm: give running_mean and running_var, or training=True")
     else:
         mean, var = running_mean.detach(), running_var.detach()
-    return _call("batch_norm", x, mean, _call("rsqrt", var + float(eps)), 1.0 if weight is None else weight,
-                 0.0 if bias is None else bias, training=bool(training))
+    rstd = _call("rsqrt", var + float(eps))
+    out: Tensor = _call("batch_norm", x, mean, rstd, 1.0 if weight is None else weight,
+                        0.0 if bias is None else bias, training=bool(training))
+    return out
 
 
 def _batch_statistics(x: Tensor, running_mean: Tensor | None, running_var: Tensor | None,

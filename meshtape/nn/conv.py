@@ -35,7 +35,7 @@ class _Conv(Module):
         self.out_channels = out_channels
         self.kernel_size = numbers(kernel_size, self.dims, f"{name}: kernel_size")
         self.stride = numbers(stride, self.dims, f"{name}: stride")
-        self.padding = padding if isinstance(padding, str) else numbers(padding, self.dims, f"{name}: "
+        self.padding: Any = padding if isinstance(padding, str) else numbers(padding, self.dims, f"{name}: "
                                                                                             f"padding")
         self.dilation = numbers(dilation, self.dims, f"{name}: dilation")
         self.groups = groups

@@ -186,7 +186,7 @@ def _max_pool(name: str, dims: int, input: Any, kernel_size: Ints, stride: Ints 
 def _windows(name: str, dims: int, kernel_size: Ints, stride: Ints | None, padding: Ints,
              ceil_mode: bool) -> dict[str, Any]:
     kernel = numbers(kernel_size, dims, f"{name}: kernel_size")
-    step = kernel if stride is None or stride == [] else numbers(stride, dims, f"{name}: stride")
+    step = kernel if stride is None or stride in ((), []) else numbers(stride, dims, f"{name}: stride")
     return {"kernel": kernel, "stride": step,
             "padding": _pairs(padding, dims, f"{name}: padding"), "ceil_mode": bool(ceil_mode)}
 
@@ -278,7 +278,8 @@ def _largest_along(x: Tensor, axis: int, n: int, m: int) -> Tensor:
     places = [min(start + k, stop - 1) for start, stop in bounds for k in range(width)]
     parts = take(x, asarray(places), axis=axis).reshape(*x.shape[:axis], m, width, *x.shape[axis + 1:])
     best = argmax(parts, axis=axis + 1, keepdims=True)
-    return take_along_axis(parts, best, axis=axis + 1).squeeze(axis + 1)
+    found: Tensor = take_along_axis(parts, best, axis=axis + 1).squeeze(axis + 1)
+    return found
 
 
 __all__ = [

@@ -78,6 +78,12 @@ def test_conv_transpose(stride: Any, padding: Any, output_padding: Any, groups: 
           lambda x, w: TF.conv_transpose1d(x, w, None, *first), [random(3, 4, 5), inputs[1][..., 0]], NUMBER)
 
 
+def test_an_empty_stride_is_the_kernel_size() -> None:
+    x = random(2, 3, 4, 6)
+    for stride in ((), []):
+        check(lambda x, s=stride: F.avg_pool2d(x, 2, s), lambda x, s=stride: TF.avg_pool2d(x, 2, s), [x], NUMBER)
+
+
 def test_unbatched_inputs() -> None:
     check(F.conv1d, TF.conv1d, [random(3, 8), random(4, 3, 3)], NUMBER)
     check(F.conv2d, TF.conv2d, [random(3, 5, 6), random(4, 3, 3, 3)], NUMBER)
