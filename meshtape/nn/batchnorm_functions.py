@@ -81,7 +81,7 @@ def group_norm(input: Any, num_groups: int, weight: Tensor | None = None, bias: 
     for n in rest:
         width *= n
     rows = x.reshape(samples, num_groups, width)
-    y = _call("normalize", rows, ndim=1, eps=float(eps))[0].reshape(x.shape)
+    y: Tensor = _call("normalize", rows, ndim=1, eps=float(eps))[0].reshape(x.shape)
     along = (-1, *(1,) * (x.ndim - 2))
     y = y if weight is None else y * weight.reshape(along)
     return y if bias is None else y + bias.reshape(along)

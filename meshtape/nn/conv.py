@@ -35,8 +35,10 @@ class _Conv(Module):
         self.out_channels = out_channels
         self.kernel_size = numbers(kernel_size, self.dims, f"{name}: kernel_size")
         self.stride = numbers(stride, self.dims, f"{name}: stride")
-        self.padding: Any = padding if isinstance(padding, str) else numbers(padding, self.dims, f"{name}: "
-                                                                                            f"padding")
+        widths: Any = padding
+        if not isinstance(padding, str):
+            widths = numbers(padding, self.dims, f"{name}: padding")
+        self.padding = widths
         self.dilation = numbers(dilation, self.dims, f"{name}: dilation")
         self.groups = groups
         first, second = (in_channels, out_channels) if self.transposed else (out_channels, in_channels)

@@ -81,7 +81,8 @@ def test_conv_transpose(stride: Any, padding: Any, output_padding: Any, groups: 
 def test_an_empty_stride_is_the_kernel_size() -> None:
     x = random(2, 3, 4, 6)
     for stride in ((), []):
-        check(lambda x, s=stride: F.avg_pool2d(x, 2, s), lambda x, s=stride: TF.avg_pool2d(x, 2, s), [x], NUMBER)
+        check(lambda x, s=stride: F.avg_pool2d(x, 2, s), lambda x, s=stride: TF.avg_pool2d(x, 2, s), [x],
+              NUMBER)
 
 
 def test_unbatched_inputs() -> None:
