@@ -37,7 +37,7 @@ class _Conv(Module):
         self.stride = numbers(stride, self.dims, f"{name}: stride")
         widths: Any = padding
         if not isinstance(padding, str):
-            widths = numbers(padding, self.dims, f"{name}: padding")
+            widths = numbers(widths, self.dims, f"{name}: padding")
         self.padding = widths
         self.dilation = numbers(dilation, self.dims, f"{name}: dilation")
         self.groups = groups
