@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from math import prod
 from typing import NamedTuple
@@ -27,6 +27,18 @@ class Route(NamedTuple):
 def route(shape: Shape, itemsize: int, before: Placements, after: Placements, mesh_shape: tuple[int, ...],
           links: tuple[Link, ...]) -> Route:
     """The cheapest path between two layouts of a tensor; ties go to fewer hops, then to a fixed order."""
+    def hop(here: Placements, axis: int, target: Placement) -> tuple[float, float]:
+        """Seconds and bytes on the wire of one change."""
+        source, n = here[axis], mesh_shape[axis]
+        whole = bytes_without(shape, itemsize, here, axis, mesh_shape)
+        return move_seconds(source, target, whole, n, links[axis]), move_bytes(source, target, whole, n)
+
+    dims = {p for p in (*before, *after) if not is_partial(p) and p != REPLICATE}
+    if shape:
+        dims.add(max(range(len(shape)), key=shape.__getitem__))     # to scatter over on the way, if that pays
+    changed = [axis for axis, p in enumerate(before) if p != after[axis]]
+    if len(changed) == 1 and (changed[0], after[changed[0]]) in neighbours(before, after, dims):
+        return Route((before, after), *hop(before, changed[0], after[changed[0]]))     # nothing beats one hop
     queue: list[tuple[float, int, int, Placements, tuple[Placements, ...], float]] = [
         (0.0, 0, 0, before, (before,), 0.0)]
     seen: set[Placements] = set()
@@ -38,22 +50,12 @@ def route(shape: Shape, itemsize: int, before: Placements, after: Placements, me
         if here in seen:
             continue
         seen.add(here)
-        for axis, target in neighbours(here, after, len(shape)):
+        for axis, target in neighbours(here, after, dims):
             there = (*here[:axis], target, *here[axis + 1:])
-            whole = bytes_without(shape, itemsize, here, axis, mesh_shape)
-            n = mesh_shape[axis]
-            count += 1
-            heapq.heappush(
-                queue,
-                (
-                    seconds + move_seconds(here[axis], target, whole, n, links[axis]),
-                    hops + 1,
-                    count,
-                    there,
-                    (*path, there),
-                    wire + move_bytes(here[axis], target, whole, n),
-                ),
-            )
+            if there not in seen:
+                more, sent = hop(here, axis, target)
+                count += 1
+                heapq.heappush(queue, (seconds + more, hops + 1, count, there, (*path, there), wire + sent))
     raise AssertionError(f"no path from {before} to {after}")
 
 
@@ -67,8 +69,9 @@ def bytes_without(shape: Shape, itemsize: int, placements: Placements, axis: int
     return size
 
 
-def neighbours(here: Placements, goal: Placements, ndim: int) -> Iterator[tuple[int, Placement]]:
-    """Legal changes of one placement.
+def neighbours(here: Placements, goal: Placements,
+               dims: Iterable[Placement]) -> Iterator[tuple[int, Placement]]:
+    """Legal changes of one placement, to a split of one of `dims`, to Replicate, or to the goal's Partial.
 
     Where two mesh axes split one dimension the earlier divides first, so only the last of them may be taken
     away or added. Partial is entered only where the goal asks for it, and "max"/"min" only from Replicate.
@@ -79,7 +82,7 @@ def neighbours(here: Placements, goal: Placements, ndim: int) -> Iterator[tuple[
             continue
         if current != REPLICATE:
             yield axis, REPLICATE
-        for dim in range(ndim):
+        for dim in sorted(dims, key=int):
             if dim != current and dim not in later:
                 yield axis, dim
         want = goal[axis]
