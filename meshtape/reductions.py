@@ -22,12 +22,13 @@ def _reduce(name: str, x: Any, axis: Axis, keepdims: bool, *more: Any) -> Tensor
 
 
 def sum(x: Any, /, axis: Axis = None, *, dtype: AnyDType = None, keepdims: bool = False) -> Tensor:
-    """Sum over `axis`; booleans and integers sum in int64 unless `dtype` is given."""
+    """Sum over `axis`; booleans and integers sum in int64 (unsigned: uint64) unless `dtype` is given."""
     return _reduce("sum", x, axis, keepdims, None if dtype is None else canonical(dtype).name)
 
 
 def prod(x: Any, /, axis: Axis = None, *, dtype: AnyDType = None, keepdims: bool = False) -> Tensor:
-    """Product over `axis`; booleans and integers multiply in int64 unless `dtype` is given."""
+    """Product over `axis`; booleans and integers multiply in int64 (unsigned: uint64) unless `dtype` is given.
+    """
     return _reduce("prod", x, axis, keepdims, None if dtype is None else canonical(dtype).name)
 
 
