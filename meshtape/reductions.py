@@ -27,8 +27,7 @@ def sum(x: Any, /, axis: Axis = None, *, dtype: AnyDType = None, keepdims: bool 
 
 
 def prod(x: Any, /, axis: Axis = None, *, dtype: AnyDType = None, keepdims: bool = False) -> Tensor:
-    """Product over `axis`; booleans and integers multiply in int64 (unsigned: uint64) unless `dtype` is given.
-    """
+    """Product over `axis`; integers multiply in int64 (unsigned: uint64) unless `dtype` is given."""
     return _reduce("prod", x, axis, keepdims, None if dtype is None else canonical(dtype).name)
 
 
