@@ -1,218 +1,170 @@
-"""Milliseconds per training step of three MLPs: meshtape on 1 and 2 workers beside torch eager and torch DDP.
+"""Milliseconds per training step of six models: meshtape on 1 and 2 workers beside torch eager and torch DDP.
 
-    python benchmarks/train_step.py [--rounds 15] [--models mlp64,mlp784] [--contenders torch,ddp,mesh1,mesh2]
+    python benchmarks/train_step.py [--rounds 11] [--models mlp64,lstm] [--contenders torch,ddp,mesh1,mesh2]
 
-Every contender runs in a process of its own with one BLAS thread per worker, and takes turns with the
-others: a round is a few steps of each. A step is forward, cross-entropy, backward and AdamW on a batch that
-starts as NumPy arrays. DDP is gloo with 2 processes on the same global batch. Figures are medians over
-rounds.
+Every contender runs in a process of its own with one thread per worker, and takes turns with the others: a
+round is a few steps of each. A step is forward, cross-entropy, backward and AdamW on a batch that starts as
+NumPy arrays. DDP is gloo with 2 processes on the same global batch. All start from the same weights, and
+their losses are compared before anything is timed. Figures are medians over rounds; a ratio a/b above 1 says
+that b is faster.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_name] = "1"
-
+import _runner
 import numpy as np
+from _models import BATCHES, LR, MODELS, Model, batches, weights
 
 CONTENDERS = ("torch", "ddp", "mesh1", "mesh2")
-BATCHES = 8
+RATIOS = (("torch", "mesh1"), ("ddp", "mesh2"), ("mesh1", "mesh2"))
 
 
-class Model(NamedTuple):
-    """Layer widths, whether LayerNorm and GELU stand between layers (else ReLU), global batch, steps a
-    round.
-    """
+class Data:
+    """Batches of one rank by factor of the global batch: `get(i, factor)`."""
 
-    widths: tuple[int, ...]
-    norm: bool
-    batch: int
-    steps: int
+    def __init__(self, model: Model, rank: int = 0, ranks: int = 1) -> None:
+        self.model, self.rank, self.ranks = model, rank, ranks
+        self.made: dict[int, list[tuple[Any, Any]]] = {1: self.make(1)}
 
+    def make(self, factor: int) -> list[tuple[Any, Any]]:
+        def part(a: Any) -> Any:
+            return a[self.rank * len(a) // self.ranks:(self.rank + 1) * len(a) // self.ranks]
 
-MODELS = {
-    "mlp64": Model((64, 128, 128, 10), False, 64, 60),
-    "mlp784": Model((784, 512, 512, 10), False, 256, 12),
-    "mlpnorm": Model((256, 1024, 1024, 10), True, 256, 6),
-}
+        return [(part(x), part(y)) for x, y in batches(self.model, factor)]
 
-
-def batches(model: Model) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-    rng = np.random.default_rng(0)
-    return [(rng.standard_normal((model.batch, model.widths[0]), dtype=np.float32),
-             rng.integers(0, model.widths[-1], model.batch)) for _ in range(BATCHES)]
+    def get(self, i: int, factor: int) -> tuple[Any, Any]:
+        if factor not in self.made:
+            self.made[factor] = self.make(factor)
+        return self.made[factor][i % BATCHES]
 
 
-def layers(nn: Any, model: Model) -> Any:
-    """The same Sequential in torch's nn and in meshtape's."""
-    parts: list[Any] = []
-    for i, (a, b) in enumerate(zip(model.widths, model.widths[1:], strict=False)):
-        parts.append(nn.Linear(a, b))
-        if i < len(model.widths) - 2:
-            parts += [nn.LayerNorm(b), nn.GELU()] if model.norm else [nn.ReLU()]
-    return nn.Sequential(*parts)
+# --- contenders: run(n, factor) does n steps, waits for them, and returns the last loss --------------------
 
-
-# --- contenders: each returns run(n), which does n steps and waits for them -------------------------------
-
-def meshtape_steps(model: Model, workers: int) -> Callable[[int], None]:
+def meshtape_steps(model: Model, workers: int) -> tuple[_runner.Run, Any]:
     import meshtape as mt
     from meshtape import nn, optim
 
     if workers > 1:
         mt.init(workers=workers, threads_per_worker=1)
-    net = layers(nn, model)
-    opt = optim.AdamW(net.parameters(), lr=1e-3)
-    data = batches(model)
+    data = Data(model)
+    peak = peak_growth(mt)
+    net = model.build(nn)
+    net.load_state_dict(weights({k: v.shape for k, v in net.state_dict().items()}))
+    opt = optim.AdamW(net.parameters(), lr=LR)
 
-    def run(n: int) -> None:
+    def run(n: int, factor: int = 1) -> float:
         for i in range(n):
-            x, y = data[i % BATCHES]
+            x, y = data.get(i, factor)
             loss = nn.functional.cross_entropy(net(mt.tensor(x, layout=mt.Shard(0))),
                                                mt.tensor(y, layout=mt.Shard(0)))
             opt.zero_grad()
             loss.backward()
             opt.step()
-        loss.item()
+        return float(loss.item())
 
-    return run
+    return run, peak
 
 
-def torch_steps(model: Model, rank: int = 0, size: int = 1) -> Callable[[int], None]:
+def torch_steps(model: Model, rank: int = 0, ranks: int = 1) -> tuple[_runner.Run, Any]:
     import torch
 
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    net: Any = layers(torch.nn, model)
-    if size > 1:
+    data = Data(model, rank, ranks)
+    peak = peak_growth()
+    net: Any = model.build(torch.nn)
+    made = weights({k: tuple(v.shape) for k, v in net.state_dict().items()})
+    net.load_state_dict({k: torch.from_numpy(v) for k, v in made.items()})
+    if ranks > 1:
         from torch.nn.parallel import DistributedDataParallel
         net = DistributedDataParallel(net)
-    opt = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    part = slice(rank * model.batch // size, (rank + 1) * model.batch // size)
-    data = [(x[part], y[part]) for x, y in batches(model)]
+    opt = torch.optim.AdamW(net.parameters(), lr=LR)
 
-    def run(n: int) -> None:
+    def run(n: int, factor: int = 1) -> float:
         for i in range(n):
-            x, y = data[i % BATCHES]
+            x, y = data.get(i, factor)
             loss = torch.nn.functional.cross_entropy(net(torch.from_numpy(x)), torch.from_numpy(y))
             opt.zero_grad()
             loss.backward()
             opt.step()
-        loss.item()
+        return float(loss.item())
 
-    return run
+    return run, peak
 
 
-def serve(contender: str, model: Model, rank: int, port: int) -> None:
-    """A contender's process: do as many steps as each line asks for, answer with seconds a step."""
-    if contender == "ddp":
+def peak_growth(mt: Any = None) -> Any:
+    """A function that says by how many bytes the peak memory of a worker has grown since now: this process's,
+    or that of meshtape's worker which grew most.
+    """
+    if mt is None or mt.current_mesh().size == 1:
+        before = _runner.resident()
+        return lambda: _runner.resident("VmHWM") - before
+    mt.tensor(np.zeros(2), layout=mt.Shard(0)).numpy()
+    first = mt.stats()["peak_memory"]
+    return lambda: max(b - a for a, b in zip(first, mt.stats()["peak_memory"], strict=True))
+
+
+def build(name: str, model: Model, rank: int, port: int) -> tuple[_runner.Run, dict[str, Any]]:
+    """A contender, warm: its losses of the first steps and its memory are what it says about itself."""
+    if name == "ddp":
         import torch.distributed as dist
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-        run = torch_steps(model, rank, 2)
-    elif contender == "torch":
-        run = torch_steps(model)
+        run, peak = torch_steps(model, rank, 2)
+    elif name == "torch":
+        run, peak = torch_steps(model)
     else:
-        run = meshtape_steps(model, int(contender.removeprefix("mesh")))
-    run(5)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        n = int(line)
-        start = time.perf_counter()
-        run(n)
-        print((time.perf_counter() - start) / n, flush=True)
+        run, peak = meshtape_steps(model, int(name.removeprefix("mesh")))
+    losses = [run(1) for _ in range(3)]
+    for _ in range(3):
+        run(4)
+    return run, {"losses": losses, "peak": peak()}
 
 
-class Contender:
-    """A contender's processes (two for DDP), driven through their standard input."""
+# --- comparing --------------------------------------------------------------------------------------------
 
-    def __init__(self, name: str, model: str) -> None:
-        ranks, port = (2 if name == "ddp" else 1), 29500 + os.getpid() % 1000
-        command = [
-            sys.executable,
-            str(Path(__file__)),
-            "--serve",
-            name,
-            "--models",
-            model,
-            "--port",
-            str(port),
-        ]
-        self.processes = [subprocess.Popen([*command, "--rank", str(r)], stdin=subprocess.PIPE,
-                                           stdout=subprocess.PIPE, text=True) for r in range(ranks)]
-        for p in self.processes:
-            while self.answer(p) != "ready":
-                pass
-
-    def answer(self, process: subprocess.Popen[str]) -> str:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a contender ended with status {process.wait()}")
-        return line.strip()
-
-    def measure(self, steps: int) -> float:
-        """Milliseconds a step."""
-        for p in self.processes:
-            assert p.stdin is not None
-            p.stdin.write(f"{steps}\n")
-            p.stdin.flush()
-        return 1e3 * max(float(self.answer(p)) for p in self.processes)
-
-    def close(self) -> None:
-        for p in self.processes:
-            assert p.stdin is not None
-            p.stdin.close()
-        for p in self.processes:
-            p.wait(30)
+def check_losses(model: str, contenders: dict[str, _runner.Contender]) -> None:
+    """Equal work: the same losses in the first steps. A rank of DDP knows the loss of its part only."""
+    losses = {name: np.mean([a["losses"] for a in c.about], axis=0) for name, c in contenders.items()}
+    first, expected = next(iter(losses.items()))
+    for name, found in losses.items():
+        if not np.allclose(found, expected, rtol=1e-3):
+            raise SystemExit(f"{model}: losses of {name} are {found}, those of {first} {expected}")
 
 
-def compare(name: str, names: list[str], rounds: int) -> dict[str, float]:
-    running = {c: Contender(c, name) for c in names}
-    times: dict[str, list[float]] = {c: [] for c in names}
+def compare(model: str, names: list[str], rounds: int) -> dict[str, Any]:
+    running: dict[str, _runner.Contender] = {}
     try:
-        for _ in range(rounds):
-            for c, contender in running.items():
-                times[c].append(contender.measure(MODELS[name].steps))
+        for name in names:
+            running[name] = _runner.Contender(__file__, name, model, 2 if name == "ddp" else 1)
+        check_losses(model, running)
+        steps = MODELS[model].steps
+        turns = {name: (lambda c=c: 1e3 * c.seconds(steps)) for name, c in running.items()}
+        times = _runner.take_turns(turns, rounds)
+        return {"ms": times, "peak": {name: max(a["peak"] for a in c.about) for name, c in running.items()}}
     finally:
         for contender in running.values():
             contender.close()
-    return {c: statistics.median(t) for c, t in times.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--contenders", default=",".join(CONTENDERS))
-    parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
-    parser.add_argument("--rank", type=int, default=0, help=argparse.SUPPRESS)
-    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
+    parser = _runner.parser(__doc__, MODELS, CONTENDERS, rounds=11, case="models")
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve, MODELS[options.models], options.rank, options.port)
+        _runner.serve(lambda: build(options.serve, MODELS[options.case], options.rank, options.port))
         return
     names = options.contenders.split(",")
-    print(
-        f"{'ms per step':10}" + "".join(f"{c:>10}" for c in names) + f"{'mesh1/torch':>13}{'mesh2/ddp':>11}"
-    )
+    ratios = [(a, b) for a, b in RATIOS if {a, b} <= set(names)]
+    print(f"OPENBLAS_CORETYPE: {os.environ.get('OPENBLAS_CORETYPE', 'not set')}")
+    print(_runner.row("ms per step", [*names, *(f"{a}/{b}" for a, b in ratios)]))
+    figures = {}
     for model in options.models.split(","):
-        found = compare(model, names, options.rounds)
-        ratios = [f"{found[a] / found[b]:.2f}" if a in found and b in found else "-"
-                  for a, b in (("mesh1", "torch"), ("mesh2", "ddp"))]
-        print(f"{model:10}" + "".join(f"{found[c]:10.3f}" for c in names) + f"{ratios[0]:>13}{ratios[1]:>11}",
+        figures[model] = compare(model, names, options.rounds)
+        found = _runner.medians(figures[model]["ms"])
+        print(_runner.row(model, [*found.values(), *(f"{found[a] / found[b]:.2f}" for a, b in ratios)]),
               flush=True)
+    _runner.write_json(options.json, figures)
 
 
 if __name__ == "__main__":
