@@ -17,6 +17,7 @@ from typing import Any
 from meshtape.runtime.shards import REPLICATE, Placements, Shape, is_partial, piece, split, split_sizes
 
 Hop = Callable[[Any], Any]
+Bucket = Callable[..., list[Any]]
 
 
 def changed_axis(before: Placements, after: Placements) -> int:
@@ -144,21 +145,57 @@ def _all_to_all(xp: Any, source: int, target: int, whole: Shape, parts: int, ind
     return exchange
 
 
-def compile_bucket(xp: Any, shapes: Sequence[Shape], combine: str, comm: Any) -> Callable[..., list[Any]]:
-    """All-reduce several local arrays of one dtype as one message."""
-    sizes = [prod(shape) for shape in shapes]
-    total = sum(sizes)
+def compile_bucket(xp: Any, shapes: Sequence[Shape], combine: str, comm: Any) -> Bucket:
+    """All-reduce several local arrays of one dtype as one message.
 
-    def run(*arrays: Any) -> list[Any]:
-        flat, at = xp.empty(total, arrays[0].dtype), 0
-        for x, n in zip(arrays, sizes, strict=True):
-            flat[at:at + n].reshape(x.shape)[...] = x
-            at += n
-        flat = comm.all_reduce(flat, combine, flat)
-        out, at = [], 0
-        for shape, n in zip(shapes, sizes, strict=True):
-            out.append(flat[at:at + n].reshape(shape))
-            at += n
-        return out
+    The function takes (*arrays, out=None) and returns a list; out[i] is where result i goes, arrays[i] itself
+    perhaps, or None for a fresh array.
+    """
+    def run(*arrays: Any, out: Sequence[Any] | None = None) -> list[Any]:
+        results = _room(xp, shapes, arrays[0].dtype, out)
+        return list(comm.all_reduce_many([xp.asarray(x, order="C") for x in arrays], combine, results))
 
     return run
+
+
+def compile_scatter_bucket(xp: Any, shapes: Sequence[Shape], dims: Sequence[int], combine: str,
+                           comm: Any) -> Bucket:
+    """Reduce-scatter several local arrays of one dtype as one message: Partial -> Shard(dims[i]).
+
+    shapes: local ones were it not for this mesh axis. Calls are as for compile_bucket.
+    """
+    mine = _own_shapes(shapes, dims, comm)
+
+    def run(*arrays: Any, out: Sequence[Any] | None = None) -> list[Any]:
+        results = None if out is None else _room(xp, mine, arrays[0].dtype, out)
+        given = [xp.asarray(x, order="C") for x in arrays]
+        return list(comm.reduce_scatter_many(given, dims, combine, results))
+
+    return run
+
+
+def compile_gather_bucket(xp: Any, shapes: Sequence[Shape], dims: Sequence[int], comm: Any) -> Bucket:
+    """All-gather several local arrays of one dtype as one message: Shard(dims[i]) -> Replicate.
+
+    shapes: those of the results. Calls are as for compile_bucket.
+    """
+    def run(*arrays: Any, out: Sequence[Any] | None = None) -> list[Any]:
+        results = None if out is None else _room(xp, shapes, arrays[0].dtype, out)
+        return list(comm.all_gather_many([xp.asarray(x, order="C") for x in arrays], dims, shapes, results))
+
+    return run
+
+
+def _room(xp: Any, shapes: Sequence[Shape], dtype: Any, out: Sequence[Any] | None) -> list[Any]:
+    """Where results go: the arrays given, fresh ones in place of None."""
+    if out is None:
+        return [xp.empty(shape, dtype) for shape in shapes]
+    return [xp.empty(shape, dtype) if x is None else x for shape, x in zip(shapes, out, strict=True)]
+
+
+def _own_shapes(shapes: Sequence[Shape], dims: Sequence[int], comm: Any) -> list[Shape]:
+    out = []
+    for shape, dim in zip(shapes, dims, strict=True):
+        start, stop = split(shape[dim], comm.size, comm.rank)
+        out.append((*shape[:dim], stop - start, *shape[dim + 1:]))
+    return out

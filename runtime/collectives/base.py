@@ -46,6 +46,33 @@ class Communicator(ABC):
         """Every rank's 1-D `x` (counts[rank] elements) end to end; `x` may be chunk `rank` of `out`."""
 
     @abstractmethod
+    def all_reduce_many(self, arrays: Sequence[Array], op: str = "sum",
+                        out: Sequence[Array] | None = None) -> list[Array]:
+        """all_reduce of each of several arrays of one dtype, in one message: the same bits.
+
+        Results go to `out`, one array for each given one and of its shape; by default over the given arrays.
+        out[i] may be arrays[i], and overlaps no other of `arrays`.
+        """
+
+    @abstractmethod
+    def reduce_scatter_many(self, arrays: Sequence[Array], dims: Sequence[int], op: str = "sum",
+                            out: Sequence[Array] | None = None) -> list[Array]:
+        """This rank's parts of the reductions of several arrays of one dtype, in one message.
+
+        arrays[i] is cut along dims[i] into one part per rank, of extents split_sizes(extent, size). Every
+        part is a C-contiguous array, out[i] if given, which overlaps none of `arrays`.
+        """
+
+    @abstractmethod
+    def all_gather_many(self, parts: Sequence[Array], dims: Sequence[int], shapes: Sequence[tuple[int, ...]],
+                        out: Sequence[Array] | None = None) -> list[Array]:
+        """Whole arrays of `shapes`, of one dtype, from every rank's parts, in one message.
+
+        parts[i] is this rank's part of array i, cut as in reduce_scatter_many; it may lie anywhere but
+        inside `out`. Results are C-contiguous, out[i] if given.
+        """
+
+    @abstractmethod
     def all_to_all(self, x: Array, send_counts: Sequence[int], recv_counts: Sequence[int],
                    out: Array | None = None) -> Array:
         """Chunk r of the 1-D `x` goes to rank r; the chunks received stand in the result in rank order."""

@@ -10,7 +10,8 @@ import numpy as np
 
 from meshtape.runtime.errors import CommError, DTypeError
 
-VERBS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "send", "barrier")
+VERBS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "send", "barrier",
+         "all_reduce_many", "reduce_scatter_many", "all_gather_many")
 OPS = ("", "sum", "max", "min", "prod")
 DTYPES = ("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "float16",
           "float32", "float64", "complex64", "complex128", "bfloat16", "float8_e4m3fn", "float8_e5m2")

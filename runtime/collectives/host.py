@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from meshtape.runtime.collectives.base import Array, Communicator
 from meshtape.runtime.collectives.call import encode, verb_of
-from meshtape.runtime.collectives.reduction import UFUNCS, HostArray
+from meshtape.runtime.collectives.many import Plan, cut, join, pack, part_ways, unpack
+from meshtape.runtime.collectives.reduction import UFUNCS, HostArray, starts
 from meshtape.runtime.errors import CommAborted, CommError, DTypeError, ShapeError
 
 _NOTHING = np.dtype(np.uint8)
+_Shapes = tuple[tuple[int, ...], ...]
+# Plans of the *_many verbs that a communicator keeps.
+_PLANS = 256
 
 
 class HostCommunicator(Communicator):
@@ -30,6 +35,7 @@ class HostCommunicator(Communicator):
         self.timeout = timeout
         self._failure: CommError | None = None
         self._closed = False
+        self._plans: dict[tuple[Any, ...], Plan] = {}
 
     def all_reduce(self, x: Array, op: str = "sum", out: Array | None = None) -> Array:
         self._check("all_reduce", x, op)
@@ -54,6 +60,27 @@ class HostCommunicator(Communicator):
         call = encode("all_gather", "", x.dtype, out.size, counts)
         self._run(self._all_gather, call, x, counts, out)
         return out
+
+    def all_reduce_many(self, arrays: Sequence[Array], op: str = "sum",
+                        out: Sequence[Array] | None = None) -> list[Array]:
+        plan = self._plan("all_reduce_many", arrays, None, None, op)
+        outs = self._results(plan, "all_reduce_many", arrays if out is None else out, plan.shapes)
+        self._run(self._all_reduce_many, plan.call, plan, arrays, outs)
+        return outs
+
+    def reduce_scatter_many(self, arrays: Sequence[Array], dims: Sequence[int], op: str = "sum",
+                            out: Sequence[Array] | None = None) -> list[Array]:
+        plan = self._plan("reduce_scatter_many", arrays, dims, None, op)
+        outs = self._results(plan, "reduce_scatter_many", out, plan.mine)
+        self._run(self._reduce_scatter_many, plan.call, plan, arrays, outs)
+        return outs
+
+    def all_gather_many(self, parts: Sequence[Array], dims: Sequence[int], shapes: Sequence[tuple[int, ...]],
+                        out: Sequence[Array] | None = None) -> list[Array]:
+        plan = self._plan("all_gather_many", parts, dims, shapes, "")
+        outs = self._results(plan, "all_gather_many", out, plan.shapes)
+        self._run(self._all_gather_many, plan.call, plan, parts, outs)
+        return outs
 
     def all_to_all(self, x: Array, send_counts: Sequence[int], recv_counts: Sequence[int],
                    out: Array | None = None) -> Array:
@@ -159,6 +186,52 @@ class HostCommunicator(Communicator):
                              f"{self.rank}; pass a 1-D array of that many elements")
         return counts
 
+    def _plan(self, verb: str, arrays: Sequence[Array], dims: Sequence[int] | None,
+              wholes: Sequence[tuple[int, ...]] | None, op: str) -> Plan:
+        """The plan of a call whose arrays are what they should be."""
+        for x in arrays:
+            if type(x) is not np.ndarray or not x.flags.c_contiguous:
+                self._check(verb, x)
+        key = (verb, op, tuple([x.dtype for x in arrays]), tuple([x.shape for x in arrays]),
+               None if dims is None else tuple(dims), None if wholes is None else tuple(wholes))
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= _PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = self._new_plan(*key)
+        return plan
+
+    def _new_plan(self, verb: str, op: str, dtypes: tuple[np.dtype[Any], ...], shapes: _Shapes,
+                  dims: tuple[int, ...] | None, wholes: _Shapes | None) -> Plan:
+        if not shapes or len(set(dtypes)) != 1:
+            given = ", ".join(map(str, dtypes)) or "nothing"
+            raise DTypeError(f"{verb}: got arrays of {given}; pass one or more, all of one dtype")
+        if op not in UFUNCS and verb != "all_gather_many":
+            raise ShapeError(f"{verb}: unknown reduction {op!r}; use one of {', '.join(UFUNCS)}")
+        whole = shapes if wholes is None else wholes
+        if len(whole) != len(shapes) or (dims is not None and len(dims) != len(shapes)):
+            raise ShapeError(f"{verb}: got {len(shapes)} arrays, {len(dims or ())} dims and {len(whole)} "
+                             "shapes; pass as many of each")
+        bands = () if dims is None else cut(whole, dims, self.size)
+        plan = Plan(encode(verb, op, dtypes[0], sum(map(prod, whole)), (whole, dims)), op, dtypes[0], whole,
+                    bands, tuple(sum(b.size for b in row) for row in bands),
+                    tuple(b.shape for b in bands[self.rank]) if bands else ())
+        if wholes is not None and shapes != plan.mine:
+            raise ShapeError(f"{verb}: rank {self.rank} of {self.size} gave parts of shapes {list(shapes)}; "
+                             f"its parts of {list(whole)} along {list(dims or ())} are {list(plan.mine)}")
+        return plan
+
+    def _results(self, plan: Plan, verb: str, out: Sequence[Array] | None, shapes: _Shapes) -> list[Array]:
+        if out is None:
+            return [np.empty(shape, plan.dtype) for shape in shapes]
+        if len(out) != len(shapes):
+            raise ShapeError(f"{verb}: got {len(out)} arrays for {len(shapes)} results")
+        for x, shape in zip(out, shapes, strict=True):
+            if (type(x) is not np.ndarray or x.shape != shape or x.dtype != plan.dtype
+                    or not x.flags.carray):
+                self._result(verb, shape, plan.dtype, x)
+        return list(out)
+
     def _peer(self, verb: str, rank: int) -> None:
         if not 0 <= rank < self.size or rank == self.rank:
             raise ShapeError(f"{verb}: {rank} is not another rank of a group of {self.size}; this is rank "
@@ -173,6 +246,25 @@ class HostCommunicator(Communicator):
 
     @abstractmethod
     def _all_gather(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray) -> None: ...
+
+    def _all_reduce_many(self, call: int, plan: Plan, arrays: Sequence[HostArray],
+                         outs: Sequence[HostArray]) -> None:
+        flat = join(plan, arrays)
+        self._all_reduce(call, flat, flat, plan.op)
+        part_ways(flat, outs)
+
+    def _reduce_scatter_many(self, call: int, plan: Plan, arrays: Sequence[HostArray],
+                             outs: Sequence[HostArray]) -> None:
+        flat, at = pack(plan, arrays), starts(plan.counts)
+        mine = flat[at[self.rank]:at[self.rank + 1]]
+        self._reduce_scatter(call, flat, plan.counts, mine, plan.op)
+        part_ways(mine, outs)
+
+    def _all_gather_many(self, call: int, plan: Plan, parts: Sequence[HostArray],
+                         outs: Sequence[HostArray]) -> None:
+        flat = np.empty(plan.total, plan.dtype)
+        self._all_gather(call, join(plan, parts), plan.counts, flat)
+        unpack(plan, flat, outs)
 
     @abstractmethod
     def _all_to_all(self, call: int, x: HostArray, send: tuple[int, ...], recv: tuple[int, ...],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,8 @@ except ImportError:
     pass
 
 OPS = ("sum", "max", "min", "prod")
-VERBS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "send", "barrier")
+VERBS = ("all_reduce", "reduce_scatter", "all_gather", "all_to_all", "broadcast", "send", "barrier",
+         "all_reduce_many", "reduce_scatter_many", "all_gather_many")
 DTYPES: tuple[Any, ...] = ("bool", "int8", "uint8", "int16", "int32", "int64", "uint64", "float32", "float64",
                            "complex64", "complex128", *NARROW)
 UFUNCS = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multiply}
@@ -148,6 +150,75 @@ def _send(comm: Any, case: Case) -> None:
         comm.send(values(case, comm.rank, count), after)
 
 
+def _shapes(case: Case) -> tuple[list[tuple[int, ...]], list[int]]:
+    """Shapes of several arrays of up to as many elements as the case's first counts say, and dims to cut."""
+    draw, shapes, dims = random.Random(case.seed), [], []
+    for count in (*case.counts[0], *case.counts[-1]):
+        ndim = draw.randint(1, 3)
+        shape = [1] * ndim
+        for _ in range(3):
+            d = draw.randrange(ndim)
+            shape[d] = max(1, min(draw.choice((1, 2, 3, 7, 64, count)), count // prod(shape) * shape[d]))
+        if draw.random() < 0.1:
+            shape[draw.randrange(ndim)] = 0
+        shapes.append(tuple(shape))
+        dims.append(draw.randrange(ndim))
+    return shapes, dims
+
+
+def _of_each(case: Case, rank: int, shapes: list[tuple[int, ...]]) -> list[Any]:
+    flat, at, out = values(case, rank, sum(map(prod, shapes))), 0, []
+    for shape in shapes:
+        out.append(flat[at:at + prod(shape)].reshape(shape).copy())
+        at += prod(shape)
+    return out
+
+
+def part(x: Any, dim: int, size: int, rank: int) -> Any:
+    """Rank's part of x, the larger parts first."""
+    return np.ascontiguousarray(np.array_split(x, size, dim)[rank])
+
+
+def _all_reduce_many(comm: Any, case: Case) -> None:
+    shapes, _ = _shapes(case)
+    shapes += [()] * (case.seed % 2)
+    parts = [_of_each(case, r, shapes) for r in range(case.size)]
+    given = [x.copy() for x in parts[comm.rank]]
+    out = None if case.in_place else [np.empty_like(x) for x in given]
+    got = comm.all_reduce_many(given, case.op, out=out)
+    for i, (x, place) in enumerate(zip(got, out or given, strict=True)):
+        assert x is place
+        check(x, reduced([part[i] for part in parts], case.op), case)
+        check(given[i], x if case.in_place else parts[comm.rank][i], case)
+
+
+def _reduce_scatter_many(comm: Any, case: Case) -> None:
+    shapes, dims = _shapes(case)
+    parts = [_of_each(case, r, shapes) for r in range(case.size)]
+    given = [x.copy() for x in parts[comm.rank]]
+    want = [part(reduced([p[i] for p in parts], case.op), dim, case.size, comm.rank)
+            for i, dim in enumerate(dims)]
+    out = [np.empty_like(w) for w in want] if case.in_place else None
+    got = comm.reduce_scatter_many(given, dims, case.op, out=out)
+    for i, x in enumerate(got):
+        assert out is None or x is out[i]
+        assert x.flags.c_contiguous
+        check(x, want[i], case)
+        check(given[i], parts[comm.rank][i], case)
+
+
+def _all_gather_many(comm: Any, case: Case) -> None:
+    shapes, dims = _shapes(case)
+    want = _of_each(case, 0, shapes)
+    mine = [part(w, dim, case.size, comm.rank) for w, dim in zip(want, dims, strict=True)]
+    out = [np.empty_like(w) for w in want] if case.in_place else None
+    got = comm.all_gather_many(mine, dims, shapes, out=out)
+    for i, x in enumerate(got):
+        assert out is None or x is out[i]
+        assert x.flags.c_contiguous
+        check(x, want[i], case)
+
+
 def _barrier(comm: Any, case: Case) -> None:
     comm.barrier()
 
@@ -155,4 +226,6 @@ def _barrier(comm: Any, case: Case) -> None:
 RUN: dict[str, Callable[[Any, Case], None]] = {
     "all_reduce": _all_reduce, "reduce_scatter": _reduce_scatter, "all_gather": _all_gather,
     "all_to_all": _all_to_all, "broadcast": _broadcast, "send": _send, "barrier": _barrier,
+    "all_reduce_many": _all_reduce_many, "reduce_scatter_many": _reduce_scatter_many,
+    "all_gather_many": _all_gather_many,
 }

@@ -200,6 +200,7 @@ def test_what_was_sent_before_closing_still_arrives() -> None:
     (lambda comm: comm.all_reduce(np.ones(4, np.float32)), "all_reduce sum of 4 float32"),
     (lambda comm: comm.all_reduce(np.ones(3, np.float64)), "all_reduce sum of 3 float64"),
     (lambda comm: comm.all_reduce(np.ones(3, np.float32), "max"), "all_reduce max of 3 float32"),
+    (lambda comm: comm.all_reduce_many([np.ones(3, np.float32)]), "all_reduce_many sum of 3 float32"),
 ])
 def test_different_calls_name_each_other(second: Callable[[Any], Any], named: str) -> None:
     def body(comm: Any) -> None:
@@ -213,6 +214,8 @@ def test_different_calls_name_each_other(second: Callable[[Any], Any], named: st
 def test_counts_that_differ_are_noticed() -> None:
     for error in on_threads(2, lambda comm: comm.reduce_scatter(
             np.ones(4), [2, 2] if comm.rank else [1, 3])):
+        assert type(error) is CommError and "with other counts" in str(error)
+    for error in on_threads(2, lambda comm: comm.reduce_scatter_many([np.ones((4, 4))], [comm.rank])):
         assert type(error) is CommError and "with other counts" in str(error)
     first, second = on_threads(2, lambda comm: comm.all_to_all(
         np.ones(2), [1, 1], [1, 1] if comm.rank else [1, 2]))
@@ -251,6 +254,20 @@ def test_an_interrupted_rank_frees_the_others() -> None:
     (ShapeError, lambda c: c.broadcast(np.ones(4), 2)),
     (ShapeError, lambda c: c.send(np.ones(4), 0)),
     (ShapeError, lambda c: c.recv(np.ones(4), 5)),
+    (DTypeError, lambda c: c.all_reduce_many([])),
+    (DTypeError, lambda c: c.all_reduce_many([[1.0]])),
+    (DTypeError, lambda c: c.all_reduce_many([np.ones(3), np.ones(3, np.float32)])),
+    (ShapeError, lambda c: c.all_reduce_many([np.ones((4, 4)).T])),
+    (ShapeError, lambda c: c.all_reduce_many([np.ones(3)], "mean")),
+    (ShapeError, lambda c: c.all_reduce_many([np.frombuffer(bytes(8))])),
+    (ShapeError, lambda c: c.all_reduce_many([np.ones(3)], out=[])),
+    (ShapeError, lambda c: c.all_reduce_many([np.ones(3)], out=[np.ones(4)])),
+    (ShapeError, lambda c: c.reduce_scatter_many([np.ones(3)], [1])),
+    (ShapeError, lambda c: c.reduce_scatter_many([np.ones(())], [0])),
+    (ShapeError, lambda c: c.reduce_scatter_many([np.ones(3)], [0, 0])),
+    (ShapeError, lambda c: c.reduce_scatter_many([np.ones(3)], [0], out=[np.ones(3)])),
+    (ShapeError, lambda c: c.all_gather_many([np.ones(1)], [0], [(3,)])),
+    (ShapeError, lambda c: c.all_gather_many([np.ones(2)], [0], [(3,), (2,)])),
 ])
 def test_wrong_arguments_raise_before_anything_is_sent(error: type[Exception],
                                                        call: Callable[[Any], Any]) -> None:
