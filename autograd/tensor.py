@@ -313,13 +313,14 @@ def as_tensor(
         out = data if dtype is None or canonical(dtype) == data.dtype else data.astype(dtype)
         return out if layout is None else out.redistribute(layout)
     session = current.active or current.session()
-    array = to_array(data, dtype, copy=not owned)
+    array = to_array(data, dtype, copy=False)
     placements = session.axes.replicated if layout is None else session.specs.placements(layout, array.ndim)
-    block, spec = session.place(array, placements)
+    block, spec = session.place(array, placements, owned=owned or isinstance(data, FRESH))
     return make(block, spec, None)
 
 
 PLAIN = frozenset(NAMES.values())      # dtypes that need no conversion
+FRESH = (list, tuple, bool, int, float, complex)    # data that no array can share memory with
 
 
 def to_array(data: Any, dtype: AnyDType, *, copy: bool) -> np.ndarray[Any, Any]:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from contextlib import suppress
 
+from meshtape.cluster.feed import FeedMemory, FeedView
 from meshtape.cluster.wire import BEAT, Assembler, Buffer, Message, consume
 from meshtape.runtime.collectives import handshake
 from meshtape.runtime.errors import CommError, MeshError
@@ -31,9 +32,13 @@ class Channel:
     """Messages over a connected socket. The driver uses put(), flush() and fill(), which never wait; a worker
     uses send(), receive() and, from another thread, beat()."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, view: FeedView | None = None,
+                 memory: FeedMemory | None = None) -> None:
+        """Shared memory that arrays go through: a worker reads them from `view`, the driver writes `memory`.
+        """
+        self.memory = memory
         self._sock = sock
-        self._inbox = Assembler()
+        self._inbox = Assembler(view=view)
         self._unsent: list[memoryview] = []
         self._writing = threading.Lock()
         if sock.family != socket.AF_UNIX:
@@ -137,26 +142,32 @@ class Listener:
                 break
             try:
                 peer.settimeout(HANDSHAKE_SECONDS)
-                handshake.answer(peer, self._secret, "the caller")
+                hello = handshake.answer(peer, self._secret, "the caller")
+                view = FeedView(peer) if hello.get("feed") else None
             except (OSError, CommError, ValueError):
                 peer.close()        # whoever it was learns nothing; the driver may still come
                 continue
             peer.settimeout(None)
-            return Channel(peer)
+            return Channel(peer, view)
         raise MeshError(f"no driver connected to {self.address!r} within {timeout:g} s")
 
     def close(self) -> None:
         self._sock.close()
 
 
-def dial(address: Address, secret: bytes, timeout: float) -> Channel:
-    """Connect to a worker's Listener. MeshError if it cannot be reached, CommError if secrets differ."""
+def dial(address: Address, secret: bytes, timeout: float, memory: FeedMemory | None = None) -> Channel:
+    """Connect to a worker's Listener, and let it read `memory` if it is on this host. MeshError if it cannot
+    be reached, CommError if secrets differ.
+    """
     family = socket.AF_UNIX if isinstance(address, str) else _family(address[0])
     sock = socket.socket(family, socket.SOCK_STREAM)
     try:
         sock.settimeout(timeout)
         sock.connect(address)
-        handshake.call(sock, secret, {}, f"the worker at {address!r}")
+        share = memory is not None and family == socket.AF_UNIX
+        handshake.call(sock, secret, {"feed": share}, f"the worker at {address!r}")
+        if memory is not None and share:
+            memory.send(sock)
         sock.settimeout(None)
     except CommError:
         sock.close()
@@ -165,7 +176,7 @@ def dial(address: Address, secret: bytes, timeout: float) -> Channel:
         sock.close()
         raise MeshError(f"the worker at {address!r} cannot be reached ({error}); if the workers' ports are "
                         'closed to this machine, use channel="ray"') from error
-    return Channel(sock)
+    return Channel(sock, memory=memory if share else None)
 
 
 def _keep_alive(sock: socket.socket) -> None:

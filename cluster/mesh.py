@@ -10,9 +10,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from math import prod
 from types import TracebackType
+from typing import Any
+
+import numpy as np
 
 from meshtape.runtime.errors import MeshError, SessionClosed
 from meshtape.runtime.protocol import Reply, Run
+from meshtape.runtime.shards import Shape
 
 # Kinds of communicators, the fastest first.
 SLOWNESS = ("self", "nccl", "shm", "threads", "tcp")
@@ -59,6 +63,12 @@ class Mesh(ABC):
         mesh of processes, and must stay unchanged until the batch is answered on the others. Raises
         WorkerLost, or SessionClosed after close().
         """
+
+    def room(self, shape: Shape, dtype: np.dtype[Any]) -> np.ndarray[Any, Any] | None:
+        """A fresh C-contiguous array, not initialised, in memory that workers read without a copy, to be fed
+        to them; None where there is none (then any array will do). May be called from any thread.
+        """
+        return None
 
     @abstractmethod
     def collect(self, timeout: float | None = None) -> Reply | None:

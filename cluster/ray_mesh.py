@@ -10,9 +10,11 @@ from typing import Any
 
 import ray
 
+from meshtape.cluster import feed
 from meshtape.cluster.actor import Order, Site
 from meshtape.cluster.call_mesh import CallMesh
 from meshtape.cluster.channel import Channel, dial
+from meshtape.cluster.feed import FeedMemory
 from meshtape.cluster.mesh import mesh_axes, slowest_links
 from meshtape.cluster.process_mesh import Place, ProcessMesh
 from meshtape.cluster.ray_actors import RayActors, alive_nodes
@@ -73,15 +75,19 @@ def join_by_sockets(names: tuple[str, ...], shape: tuple[int, ...], where: list[
     actors.watch([handle.run.remote(assignment)
                   for handle, assignment in zip(actors.handles, assignments, strict=True)])
     channels: list[Channel] = []
+    near = any(isinstance(site.channel, str) for site in actors.sites)
+    memory = FeedMemory() if near and feed.SUPPORTED else None
     try:
         for site in actors.sites:
             assert site.channel is not None
-            channels.append(dial(site.channel, secret, JOIN_SECONDS))
+            channels.append(dial(site.channel, secret, JOIN_SECONDS, memory))
     except BaseException:
         for opened in channels:
             opened.close()
+        if memory is not None:
+            memory.close()
         raise
-    mesh = SocketMesh("ray", names, shape, where, channels, actors, heartbeat_timeout)
+    mesh = SocketMesh("ray", names, shape, where, channels, actors, heartbeat_timeout, memory)
     mesh.wait_until_ready(JOIN_SECONDS)
     return mesh
 

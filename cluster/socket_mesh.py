@@ -5,15 +5,20 @@ from __future__ import annotations
 import select
 import time
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 from meshtape.cluster import wire
 from meshtape.cluster.channel import Channel
+from meshtape.cluster.feed import FeedMemory
 from meshtape.cluster.health import BEAT_SECONDS
 from meshtape.cluster.mesh import slowest_links
 from meshtape.cluster.process_mesh import Place, Processes, ProcessMesh
 from meshtape.cluster.wire import Message
 from meshtape.runtime.errors import MeshError
 from meshtape.runtime.protocol import Run
+from meshtape.runtime.shards import Shape
 
 CLOSED = "connection closed"
 
@@ -22,9 +27,14 @@ class SocketMesh(ProcessMesh):
     """One channel per rank."""
 
     def __init__(self, kind: str, names: tuple[str, ...], shape: tuple[int, ...], places: Sequence[Place],
-                 channels: Sequence[Channel], processes: Processes, heartbeat_timeout: float = 4.0) -> None:
+                 channels: Sequence[Channel], processes: Processes, heartbeat_timeout: float = 4.0,
+                 memory: FeedMemory | None = None) -> None:
         super().__init__(kind, names, shape, places, [], processes, heartbeat_timeout)
         self._channels = list(channels)
+        self._memory = memory
+        self._memories = [channel.memory for channel in channels]
+        # Arrays in that memory that a batch feeds, and how many ranks have yet to answer it.
+        self._fed: dict[int, tuple[list[Any], list[int]]] = {}
         self._ready: list[list[str]] = []       # the kinds of the communicators of each rank that is ready
         self._rank_of = {channel.fileno(): rank for rank, channel in enumerate(channels)}
         self._poller = select.poll()
@@ -42,9 +52,14 @@ class SocketMesh(ProcessMesh):
             self._pump(BEAT_SECONDS)
         self.links = slowest_links(self._ready)
 
+    def room(self, shape: Shape, dtype: np.dtype[Any]) -> np.ndarray[Any, Any] | None:
+        return None if self._memory is None else self._memory.room(shape, dtype)
+
     def send(self, runs: Sequence[Run]) -> None:
         self._check_open()
-        frames = wire.run_frames(runs)
+        frames = wire.run_frames(runs, self._memories)
+        if runs[0].feeds and self._memory is not None:
+            self._fed[runs[0].batch] = ([run.feeds for run in runs], [len(runs)])
         try:
             for rank, (channel, buffers) in enumerate(zip(self._channels, frames, strict=True)):
                 try:
@@ -102,7 +117,13 @@ class SocketMesh(ProcessMesh):
         """Act on a message; what is wrong with the worker that sent it, or ""."""
         match message.kind:
             case wire.REPLY:
-                self._replies.append(wire.reply_of(message))
+                reply = wire.reply_of(message)
+                self._replies.append(reply)
+                fed = self._fed.get(reply.batch)
+                if fed is not None:
+                    fed[1][0] -= 1
+                    if not fed[1][0]:
+                        del self._fed[reply.batch]
             case wire.READY:
                 self._ready.append(message.head)
             case wire.BROKEN:
@@ -114,3 +135,5 @@ class SocketMesh(ProcessMesh):
     def _hang_up(self) -> None:
         for channel in self._channels:
             channel.close()
+        if self._memory is not None:
+            self._memory.close()

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import msgpack  # type: ignore[import-untyped]
 import numpy as np
 
+from meshtape.cluster.feed import FeedMemory, FeedView
 from meshtape.runtime.dtypes import canonical
 from meshtape.runtime.errors import MeshError
 from meshtape.runtime.protocol import Failure, Fetch, Reply, Run, Span, program_from_wire, type_from_wire
@@ -63,35 +64,58 @@ def _unpack_extra(code: int, data: bytes) -> Any:
                     "install the same version everywhere")
 
 
-def frame(kind: int, head: bytes, arrays: Sequence[Any] = ()) -> list[Buffer]:
-    """The buffers that make up one frame. `arrays` holds NumPy arrays and None; they are not copied."""
+def frame(kind: int, head: bytes, arrays: Sequence[Any] = (), memory: FeedMemory | None = None) -> list[Buffer]:
+    """The buffers that make up one frame. `arrays` holds NumPy arrays and None; they are not copied, and of
+    those that lie in `memory` only the place is sent.
+    """
     if not arrays:
         return [PREFIX.pack(kind, len(head), 0, 0) + head]
-    flat = [None if a is None else np.ascontiguousarray(a, a.dtype.newbyteorder("=")).reshape(-1)
-            for a in arrays]
-    types = pack([None if a is None else (a.dtype.name, a.shape) for a in arrays])
-    payload = [f.view(np.uint8).data for f in flat if f is not None and f.size]
-    prefix = PREFIX.pack(kind, len(head), len(types), sum(p.nbytes for p in payload))
-    return [prefix + head + types, *payload]
+    types: list[Any] = []
+    payload = []
+    for a in arrays:
+        place = None if a is None or memory is None else memory.locate(a)
+        types.append(place or (a if a is None else (a.dtype.name, a.shape)))
+        if place is None and a is not None and a.size:
+            flat = np.ascontiguousarray(a, a.dtype.newbyteorder("=")).reshape(-1)
+            payload.append(flat.view(np.uint8).data)
+    packed = pack(types)
+    prefix = PREFIX.pack(kind, len(head), len(packed), sum(p.nbytes for p in payload))
+    return [prefix + head + packed, *payload]
 
 
-def empty_arrays(types: Buffer, payload: int) -> list[Any]:
-    """Fresh arrays, and None, for a frame's packed types; MeshError unless they take `payload` bytes."""
-    arrays = [None if t is None else np.empty(t[1], canonical(t[0])) for t in unpack(types)]
-    if sum(a.nbytes for a in arrays if a is not None) != payload:
+def arrays_for(types: Buffer, payload: int, view: FeedView | None) -> tuple[list[Any], list[memoryview]]:
+    """The arrays, and None, of a frame's packed types, and what of them is yet to be filled: all but those
+    that lie in shared memory. MeshError unless that takes `payload` bytes.
+    """
+    arrays: list[Any] = []
+    fill = []
+    for t in unpack(types):
+        if t is None:
+            arrays.append(None)
+        elif len(t) == 2:
+            arrays.append(np.empty(t[1], canonical(t[0])))
+            if arrays[-1].size:
+                fill.append(memoryview(arrays[-1].reshape(-1).view(np.uint8)))
+        elif view is not None:
+            arrays.append(view.array(t))
+        else:
+            raise MeshError("a message names arrays in shared memory, but this connection has none; install "
+                            "the same version of meshtape everywhere")
+    if sum(f.nbytes for f in fill) != payload:
         raise MeshError(f"a message announces {payload} bytes of arrays, but its types take another number; "
                         "install the same version of meshtape everywhere")
-    return arrays
+    return arrays, fill
 
 
-def run_frames(runs: Sequence[Run]) -> list[list[Buffer]]:
-    """One frame per run of a batch, whose common part is packed once."""
+def run_frames(runs: Sequence[Run], memories: Sequence[FeedMemory | None] | None = None) -> list[list[Buffer]]:
+    """One frame per run of a batch, whose common part is packed once. `memories`: what each rank can read."""
     first = runs[0]
     head = pack((first.batch, first.digest, first.ids, first.scalars, first.fetch, first.frees, first.drop,
                  first.program, first.trace))
     if not any(run.feeds for run in runs):
         return [frame(RUN, head)] * len(runs)
-    return [frame(RUN, head, run.feeds) for run in runs]
+    return [frame(RUN, head, run.feeds, memory)
+            for run, memory in zip(runs, memories or [None] * len(runs), strict=True)]
 
 
 def run_of(message: Message) -> Run:
@@ -118,7 +142,8 @@ class Assembler:
     whole stands in `messages`. Array memory is filled in place.
     """
 
-    def __init__(self, capacity: int = 1 << 16) -> None:
+    def __init__(self, capacity: int = 1 << 16, view: FeedView | None = None) -> None:
+        self.view = view
         self.messages: deque[Message] = deque()
         self._buffer = bytearray(max(capacity, PREFIX.size))
         self._view = memoryview(self._buffer)
@@ -164,10 +189,9 @@ class Assembler:
         if self._end < end:
             self._reserve(end - self._start)
             return False
-        arrays = empty_arrays(self._view[types:end], payload) if n_types else []
+        arrays, self._missing = arrays_for(self._view[types:end], payload, self.view) if n_types else ([], [])
         self._partial = Message(kind, unpack(self._view[head:types]), arrays)
         self._start = end
-        self._missing = [memoryview(a.reshape(-1).view(np.uint8)) for a in arrays if a is not None and a.size]
         self._fill()
         return True
 

@@ -252,9 +252,17 @@ class Session:
         made = self._new(self.planner.move(spec, placements), self._slot(block))
         return made, self.specs.get(spec.shape, spec.dtype, placements)
 
-    def place(self, array: np.ndarray[Any, Any], placements: Placements) -> tuple[Block, Spec]:
-        """Hand an array to the workers; the session owns `array` from now on (no copy is made)."""
+    def place(self, array: np.ndarray[Any, Any], placements: Placements, *,
+              owned: bool = True) -> tuple[Block, Spec]:
+        """Hand an array to the workers: a copy of it unless the session owns it from now on."""
         self.check()
+        if not owned:
+            room = self.mesh.room(array.shape, array.dtype)
+            if room is None:
+                array = array.copy()
+            else:
+                room[...] = array
+                array = room
         spec = self.specs.get(array.shape, array.dtype, placements)
         number = self._feed_numbers.get(spec)
         if number is None:

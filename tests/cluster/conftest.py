@@ -13,7 +13,9 @@ from pathlib import Path
 import pytest
 
 from meshtape.cluster.channel import dial
+from meshtape.cluster.feed import FeedMemory
 from meshtape.cluster.local import InlineMesh, ThreadMesh
+from meshtape.cluster.feed import FeedMemory
 from meshtape.cluster.mesh import mesh_axes
 from meshtape.cluster.process_mesh import Place
 from meshtape.cluster.socket_mesh import SocketMesh
@@ -82,9 +84,11 @@ def process_mesh():
         for rank in range(workers):
             children.tell(rank, [rank, shape, [t["endpoint"] for t in told]])
         addresses = [t["channel"] if isinstance(t["channel"], str) else tuple(t["channel"]) for t in told]
-        channels = [dial(address, secret, 10.0) for address in addresses]
+        memory = FeedMemory()
+        channels = [dial(address, secret, 10.0, memory) for address in addresses]
         places = [Place(r, f"node{r}", p.pid, "cpu") for r, p in enumerate(children.processes)]
-        mesh = SocketMesh("processes", names, shape, places, channels, children, heartbeat_timeout)
+        mesh = SocketMesh("processes", names, shape, places, channels, children, heartbeat_timeout,
+                          memory)
         mesh.wait_until_ready(30.0)
         mesh.children = children
         return mesh

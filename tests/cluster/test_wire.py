@@ -78,7 +78,9 @@ def test_noise_and_lies_are_refused():
     with pytest.raises(MeshError, match="no message of meshtape"):
         wire.from_bytes(b"GET / HTTP/1.1\r\nHost: here\r\n")
     with pytest.raises(MeshError, match="announces 9 bytes"):
-        wire.empty_arrays(wire.pack([("float32", (2,))]), 9)
+        wire.arrays_for(wire.pack([("float32", (2,))]), 9, None)
+    with pytest.raises(MeshError, match="shared memory"):
+        wire.arrays_for(wire.pack([("float32", (2,), 0, None)]), 0, None)
     with pytest.raises(MeshError, match="no message of meshtape"):
         wire.from_bytes(wire.PREFIX.pack(wire.RUN, 2**31, 0, 0))
 
