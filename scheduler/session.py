@@ -28,7 +28,7 @@ from meshtape.scheduler.sites import Site, user_site
 from meshtape.scheduler.trace import Tracer
 
 PENDING_LIMIT = 1024        # instructions after which a batch is sent unasked
-IN_FLIGHT = 8               # batches sent and not yet answered
+IN_FLIGHT = 8               # batches sent and not yet answered; at more, wait until half of them are answered
 BODIES = 512                # programs that workers keep
 SMALL = 1 << 16             # bytes up to which a Partial tensor is fetched as addends and combined here
 
@@ -129,18 +129,16 @@ class Session:
         if get_ident() != self.thread:
             raise other_thread()
         slots, names, kind = self.slots, self.names, self.Block
-        entry = [plan.number]
-        if plan.before is not None:
-            inputs = self._bring(plan, inputs, site)
-        for x in inputs:
-            if type(x) is kind:
+        if plan.plain:
+            entry = [plan.number]
+            for x in inputs:
                 slot = slots.get(x)
-                entry.append(self._external(x) if slot is None else slot)
-            elif type(x) is Slot:
-                entry.append(+x)
-            else:
-                self.scalars.append(x)
-                entry.append(-len(self.scalars))
+                if slot is None:
+                    slot = slots[+x] = len(names)
+                    names.append(+x)
+                entry.append(slot)
+        else:
+            entry = self._entry(plan, inputs, site)
         name = self._next_id
         slot = len(names)
         if plan.single is not None:
@@ -150,18 +148,34 @@ class Session:
             self._next_id = name + 1
             blocks = [kind(name)]
         else:
-            n = len(plan.outs)
-            blocks = [kind(name + k) for k in range(n)]
-            names += range(name, name + n)
-            entry += range(slot, slot + n)
-            slots.update((name + k, slot + k) for k in range(n))
-            self._next_id = name + n
+            stop = self._next_id = name + len(plan.outs)
+            blocks = list(map(kind, range(name, stop)))
+            names += range(name, stop)
+            entry += range(slot, len(names))
+            slots.update(zip(range(name, stop), range(slot, len(names)), strict=True))
         self.body += entry
         sites = self.sites
         sites.append(site)
         if len(sites) >= PENDING_LIMIT:
             self.flush()
         return blocks
+
+    def _entry(self, plan: Plan, inputs: Sequence[Any], site: Site) -> list[int]:
+        """The number and the inputs of an op with scalars among them, or with moves and casts before it."""
+        slots, kind = self.slots, self.Block
+        if plan.before is not None:
+            inputs = self._bring(plan, inputs, site)
+        entry = [plan.number]
+        for x in inputs:
+            if type(x) is kind:
+                slot = slots.get(x)
+                entry.append(self._external(x) if slot is None else slot)
+            elif type(x) is Slot:
+                entry.append(+x)
+            else:
+                self.scalars.append(x)
+                entry.append(-len(self.scalars))
+        return entry
 
     def repeat(self, recording: Recording, operands: Sequence[Any], site: Site) -> list[Block | None]:
         """Append a recording again, with other operands; returns the Blocks of its results."""
@@ -196,12 +210,10 @@ class Session:
                 out.append(self.Block(known))
         self._next_id = name
         if recording.pick is not None:
-            for k in recording.hidden:
-                self.temporary.append(first + k)
+            self.temporary += [first + k for k in recording.hidden]
             self.body += recording.pick(values)
             sites = self.sites
-            for _ in range(recording.steps):
-                sites.append(site)
+            sites += [site] * recording.steps
             if len(sites) >= PENDING_LIMIT:
                 self.flush()
         return out
@@ -316,8 +328,10 @@ class Session:
         if self.tracer is not None:
             fed = sum(a.nbytes for rank in feeds for a in rank)
             self.tracer.flushed(batch, start, ops, not fresh, fed)
-        while self._batch - self.inflight.answered > IN_FLIGHT:
-            self.inflight.collect()
+        if self._batch - self.inflight.answered > IN_FLIGHT:
+            # Several replies are read at one waking: the driver may share the processor with workers.
+            while self._batch - self.inflight.answered > IN_FLIGHT // 2:
+                self.inflight.collect()
         return self._batch
 
     def _count(self, hit: bool) -> None:
