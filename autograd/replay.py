@@ -77,7 +77,7 @@ def survey(root: Any, gradient: Tensor) -> Survey | None:
                 key.append(None)
                 continue
             leaves.append(tensor)
-            old = tensor.grad
+            old = tensor.raw_grad
             key.append(tensor.spec)
             if old is not None:
                 key += (old.spec, places.setdefault(old.block, len(places)))
@@ -98,14 +98,13 @@ def survey(root: Any, gradient: Tensor) -> Survey | None:
         if node.kept_out is not None:
             for b in node.kept_out:
                 key.append(places.setdefault(b, len(places)))
-        if plan.keeps_all is not None:
-            for x in node.kept_in:
-                if isinstance(x, Block):
-                    key.append(places.setdefault(x, len(places)))
-                elif type(x) is Draw:
-                    draws.append(x)
-                else:
-                    key.append(x)
+        for x in node.kept_in:
+            if isinstance(x, Block):
+                key.append(places.setdefault(x, len(places)))
+            elif type(x) is Draw:
+                draws.append(x)
+            else:
+                key.append(x)
     return Survey(tuple(key), [*places, *draws], nodes, leaves)
 
 
@@ -168,7 +167,7 @@ class Trace:
         code = None if self.spoiled else _Code(seen.operands)
         if code is None or not all(code.add(*step) for step in self.steps):
             return None
-        grads = [leaf.grad for leaf in seen.leaves]
+        grads = [leaf.raw_grad for leaf in seen.leaves]
         if any(g is not None and int(g.block) not in code.where for g in grads):
             return None
         results = [None if g is None else code.where[int(g.block)] for g in grads]

@@ -17,14 +17,14 @@ from meshtape.autograd.tensor import Tensor, make
 from meshtape.runtime.dtypes import is_differentiable
 from meshtape.runtime.errors import GradError, ShapeError
 from meshtape.runtime.op import lookup
+from meshtape.runtime.shards import is_partial
 from meshtape.scheduler import current
 from meshtape.scheduler.interrupt import Whole
 from meshtape.scheduler.planner import Plan
-from meshtape.scheduler.session import Session
+from meshtape.scheduler.session import Block, Session
 from meshtape.scheduler.sites import Site, site_text, user_site
 
 Edge = tuple["AnyNode", int]
-NOTHING: list[Any] = []
 Hook = Callable[[Tensor], Tensor | None]
 
 
@@ -59,27 +59,14 @@ class AnyNode:
 
 
 class Node(AnyNode):
-    """One recorded op."""
+    """One recorded op, made by apply(): `kept_in` are the inputs at `plan.kept`, `kept_out` all outputs."""
 
     __slots__ = ("kept_in", "kept_out", "plan", "site")
 
     plan: Plan  # type: ignore[assignment]
-
-    def __init__(self, plan: Plan, edges: tuple[Edge | None, ...], inputs: list[Any], outputs: list[Any],
-                 site: Site) -> None:
-        self.plan = plan
-        self.edges = edges
-        self.hooks = None
-        keeps_all = plan.keeps_all
-        if keeps_all is None:
-            self.kept_in: Any = NOTHING
-        elif keeps_all:
-            self.kept_in = inputs
-        else:
-            self.kept_in = [x if i in plan.kept_inputs or plan.in_specs[i].weak else None
-                            for i, x in enumerate(inputs)]
-        self.kept_out: Any = outputs if plan.kept_outputs else None
-        self.site = site
+    kept_in: Sequence[Any] | None       # None: freed by a backward
+    kept_out: list[Block] | None
+    site: Site
 
     @property
     def n_out(self) -> int:
@@ -94,9 +81,8 @@ class Node(AnyNode):
         return self.plan.op.name
 
     def release(self) -> None:
-        if self.plan.kept_inputs or self.plan.kept_outputs:
-            self.kept_in = None
-        self.kept_out = None
+        if self.plan.frees:
+            self.kept_in = self.kept_out = None
 
     def backward(self, grads: list[Tensor | None], session: Session) -> Sequence[Tensor | None]:
         if self.kept_in is None:
@@ -104,11 +90,9 @@ class Node(AnyNode):
             raise GradError(f"backward a second time through {self.name}{where}: what it kept was freed by "
                             f"the first; pass retain_graph=True to the first backward()")
         plan, edges = self.plan, self.edges
-        if plan.keeps_all is None:
-            inputs: Sequence[Any] = plan.in_specs
-        else:
-            inputs = [x if s.weak else s if x is None else make(x, s, e)
-                      for x, s, e in zip(self.kept_in, plan.in_specs, edges, strict=True)]
+        inputs: list[Any] = list(plan.in_specs)
+        for i, x in zip(plan.kept, self.kept_in, strict=True):
+            inputs[i] = x if inputs[i].weak else make(x, inputs[i], edges[i])
         out: Any
         g: Any
         if plan.single is not None:
@@ -132,7 +116,7 @@ class Node(AnyNode):
 
 
 class Leaf(AnyNode):
-    """Where a gradient ends: it is laid out like its tensor and added to `.grad`."""
+    """Where a gradient ends: it is laid out like its tensor, or Partial, and added to `.grad`."""
 
     __slots__ = ("tensor",)
     replayable = True
@@ -147,8 +131,11 @@ class Leaf(AnyNode):
         if tensor is None:
             return
         if grad.spec is not tensor.spec:
-            grad = grad.to_placements(tensor.spec.placements)
-        old = tensor.grad
+            # Addends stay where they are: whoever reads the gradient knows best how to reduce it.
+            grad = grad.to_placements(tuple(
+                g if is_partial(g) else t
+                for g, t in zip(grad.spec.placements, tensor.spec.placements, strict=True)))
+        old = tensor.raw_grad
         tensor._grad = grad if old is None else old + grad
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,20 +46,24 @@ class Plan:
     """How to run one op on inputs of known specs. Everything that recording needs is looked up once, here.
 
     `before[i]` are the numbers of the instructions to run on input i first (moves, casts); `number` is the
-    op's own instruction. `seconds` and `wire` (bytes per worker) are the model's.
+    op's own instruction; `plain` says that there is nothing to run first, and no input is a scalar. The tape
+    keeps the inputs at `kept` (those that a vjp reads, and scalars), which `keep` takes from a list.
+    `seconds` and `wire` (bytes per worker) are the model's.
     """
 
     op: Op
     attrs: dict[str, Any]
     number: int
     before: tuple[tuple[int, ...], ...] | None
+    plain: bool
     in_specs: tuple[Spec, ...]
     outs: tuple[Spec, ...]
     single: Spec | None
     differentiable: bool
-    kept_inputs: tuple[int, ...]
+    kept: tuple[int, ...]
+    keep: Callable[[list[Any]], Sequence[Any]]
     kept_outputs: tuple[int, ...]
-    keeps_all: bool | None      # True: every input is kept; None: no input is, and none is a scalar
+    frees: bool                 # whether the tape keeps blocks until backward
     seconds: float
     wire: float
 
@@ -98,13 +103,14 @@ class Planner:
         outs = tuple(self.specs.get(tuple(s), np.dtype(d), p)
                      for s, d, p in zip(out_shapes, out_dtypes, chosen_outs, strict=True))
         number = self.number(Instr(op.name, attrs, arrived, tuple(o.wire for o in outs)))
-        kept = tuple(range(len(specs))) if op.variadic and op.kept_inputs else op.kept_inputs
-        keeps_all = None if not kept and not any(s.weak for s in specs) else len(kept) == len(specs)
-        return Plan(op, named, number, before if any(before) else None, specs, outs,
+        read = tuple(range(len(specs))) if op.variadic and op.kept_inputs else op.kept_inputs
+        kept = tuple(i for i, s in enumerate(specs) if s.weak or i in read)
+        kept_outputs = tuple(range(len(outs))) if op.n_out == -1 and op.kept_outputs else op.kept_outputs
+        plain_call = not any(before) and not any(s.weak for s in specs)
+        return Plan(op, named, number, before if any(before) else None, plain_call, specs, outs,
                     outs[0] if len(outs) == 1 and op.n_out == 1 else None,
                     op.vjp is not None and any(o.differentiable for o in outs),
-                    kept, tuple(range(len(outs))) if op.n_out == -1 and op.kept_outputs else op.kept_outputs,
-                    keeps_all, seconds, wire)
+                    kept, picker(kept), kept_outputs, bool(read or kept_outputs), seconds, wire)
 
     def _prepare(self, specs: Sequence[Spec], casts: Sequence[Any], wanted: Sequence[Placements],
                  ) -> tuple[tuple[tuple[int, ...], ...], tuple[TensorType | None, ...], float]:
@@ -217,11 +223,12 @@ class Planner:
 
     def _pinned(self, attrs: dict[str, Any], specs: Sequence[Spec], n_outs: int,
                 ) -> tuple[list[Placements], list[Placements], float]:
-        """Optimizer updates: gradients and states come to where each parameter lies, and results stay there.
+        """Optimizer updates: each parameter is updated where it lies, or where its gradient and states do if
+        they are split on a mesh axis on which it is replicated; results stay there.
         """
         n = attrs["n"]
         tensors = [i for i, s in enumerate(specs) if not s.weak]
-        homes = [tuple(REPLICATE if is_partial(p) else p for p in specs[i].placements) for i in tensors[:n]]
+        homes = [_home([specs[i].placements for i in tensors[k::n]]) for k in range(n)]
         ins = [self.axes.replicated] * len(specs)
         seconds = 0.0
         for k, i in enumerate(tensors):
@@ -239,6 +246,22 @@ class Planner:
             warnings.warn(f"{op.name} has no split rule: its inputs are gathered and every worker computes "
                           f"the whole result", stacklevel=2)
         return [none] * len(specs), [none] * n_outs, sum(self.route(s, none).seconds for s in moved)
+
+
+def _home(placements: Sequence[Placements]) -> Placements:
+    """Where to update a parameter, given its placements and those of its gradient and states."""
+    return tuple(
+        next((p for p in along if p != REPLICATE and not is_partial(p)), REPLICATE)
+        for along in zip(*placements, strict=True)
+    )
+
+
+def picker(places: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
+    """What takes the elements at `places` from a list, as a sequence."""
+    first, stop = (places[0], places[-1] + 1) if places else (0, 0)
+    if tuple(places) == tuple(range(first, stop)):
+        return itemgetter(slice(first, stop))
+    return itemgetter(*places)
 
 
 def strategies(op: Op, letters: Letters, specs: Sequence[Spec]) -> Iterator[Strategy]:

@@ -7,21 +7,24 @@ from types import CodeType
 
 Site = tuple[CodeType, int]
 
-_inside: dict[CodeType, bool] = {}
+_inside: set[str] = set()       # names of meshtape's modules, as they are met
 
 
 def user_site() -> Site:
-    """Code and instruction of the innermost caller outside meshtape."""
+    """Code and instruction of the innermost caller outside meshtape.
+
+    Frames are told by their module's name, whose hash is known: a code object's is computed each time.
+    """
     frame = sys._getframe(2)
     while True:
-        code = frame.f_code
-        inside = _inside.get(code)
-        if inside is None:
-            name = frame.f_globals.get("__name__", "")
-            inside = _inside[code] = name == "meshtape" or name.startswith("meshtape.")
+        name = frame.f_globals.get("__name__", "")
+        if name not in _inside:
+            if name != "meshtape" and not name.startswith("meshtape."):
+                return frame.f_code, frame.f_lasti
+            _inside.add(name)
         outer = frame.f_back
-        if not inside or outer is None:
-            return code, frame.f_lasti
+        if outer is None:
+            return frame.f_code, frame.f_lasti
         frame = outer
 
 

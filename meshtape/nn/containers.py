@@ -76,7 +76,7 @@ class ModuleList(Module):
 
     def __setitem__(self, index: int, module: Module) -> None:
         name = list(self._modules)[index]
-        self._modules[name] = _module(module, "ModuleList")
+        self._put(self._modules, name, _module(module, "ModuleList"))
 
 
 class ModuleDict(Module):
@@ -94,7 +94,8 @@ class ModuleDict(Module):
         return self._modules[name]
 
     def __delitem__(self, name: str) -> None:
-        del self._modules[name]
+        del self._modules[name]     # raises KeyError
+        self._forget(name)
 
     def __contains__(self, name: object) -> bool:
         return name in self._modules

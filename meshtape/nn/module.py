@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -61,11 +61,11 @@ class Module:
         elif isinstance(value, Module):
             self._put(self._modules, name, value)
         elif name in self._buffers and (value is None or isinstance(value, Tensor)):
-            self._buffers[name] = value
+            self._put(self._buffers, name, value)
         elif value is None and name in self._parameters:
-            self._parameters[name] = None
+            self._put(self._parameters, name, None)
         elif value is None and name in self._modules:
-            self._modules[name] = None
+            self._put(self._modules, name, None)
         elif name in self._parameters or name in self._modules:
             kind = "parameter" if name in self._parameters else "module"
             raise TypeError(f"{type(self).__name__}.{name} is a {kind} and cannot be set to a "
@@ -73,22 +73,29 @@ class Module:
         else:
             super().__setattr__(name, value)
 
-    def __getattr__(self, name: str) -> Any:
-        slots = self.__dict__
-        for group in ("_parameters", "_buffers", "_modules"):
-            if group in slots and name in slots[group]:
-                return slots[group][name]
-        raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+    if TYPE_CHECKING:       # what is set in subclasses
+        def __getattr__(self, name: str) -> Any: ...
 
     def __delattr__(self, name: str) -> None:
         if not self._forget(name):
             super().__delattr__(name)
 
+    def __copy__(self: M) -> M:
+        """The same parameters, buffers and children in groups of its own."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        for group in ("_parameters", "_buffers", "_modules", "_transient"):
+            made.__dict__[group] = self.__dict__[group].copy()
+        return made
+
     def _put(self, group: dict[str, Any], name: str, value: Any) -> None:
-        """Set an attribute in its group, at its old place if it has one; it leaves the other groups."""
+        """Set an attribute in its group, at its old place if it has one; it leaves the other groups.
+
+        It is an ordinary attribute as well, because those are found fastest.
+        """
         if name not in group:
             self._forget(name)
-        group[name] = value
+        group[name] = self.__dict__[name] = value
 
     def _forget(self, name: str) -> bool:
         found = False
@@ -96,9 +103,6 @@ class Module:
             found = group.pop(name, self) is not self or found      # self stands for "not there"
         self._transient.discard(name)
         return found
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *self._parameters, *self._buffers, *self._modules})
 
     def register_parameter(self, name: str, parameter: Parameter | None) -> None:
         """Add a parameter by name; None keeps the name for a parameter that this module does without."""
@@ -238,8 +242,8 @@ class Module:
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the parameters' gradients, or set them to zeros."""
         for p in self.parameters():
-            if p.grad is not None:
-                p.grad = None if set_to_none else p.grad * 0
+            if p.raw_grad is not None:
+                p.grad = None if set_to_none else p.raw_grad * 0
 
     def requires_grad_(self: M, requires_grad: bool = True) -> M:
         """Ask for gradients of all parameters, or stop asking."""

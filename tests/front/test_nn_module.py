@@ -148,7 +148,7 @@ def test_attributes() -> None:
     net.extra = nn.Parameter(mt.ones(1))
     assert "extra" in dict(net.named_parameters()) and "extra" in dir(net)
     del net.extra
-    with pytest.raises(AttributeError, match="'Linear' has no attribute 'extra'"):
+    with pytest.raises(AttributeError, match="'Linear' object has no attribute 'extra'"):
         _ = net.extra
     with pytest.raises(KeyError, match="dots"):
         net.register_buffer("a.b", mt.ones(1))
