@@ -107,8 +107,14 @@ class Tensor:
 
     @property
     def grad(self) -> Tensor | None:
-        """What backward() accumulated, laid out like the tensor; None before."""
-        return getattr(self, "_grad", None)
+        """What backward() accumulated, laid out like the tensor; None before.
+
+        Addends that the workers hold of it are reduced when it is first looked at, not before.
+        """
+        found = self.raw_grad
+        if found is not None and found.spec.partial and not self.spec.partial:
+            found = self._grad = found.to_placements(self.spec.placements)
+        return found
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
@@ -124,6 +130,11 @@ class Tensor:
     @grad.deleter
     def grad(self) -> None:
         self._grad = None
+
+    @property
+    def raw_grad(self) -> Tensor | None:
+        """The gradient as backward() left it: Partial where each worker holds an addend of its own."""
+        return getattr(self, "_grad", None)
 
     @property
     def grad_fn(self) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 
 from meshtape.runtime.errors import LayoutError
 from meshtape.runtime.protocol import TensorType
-from meshtape.runtime.shards import REPLICATE, Placement, Placements, Shape
+from meshtape.runtime.shards import REPLICATE, Placement, Placements, Shape, is_partial
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,7 @@ class Spec:
         "dtype",
         "ndim",
         "owner",
+        "partial",
         "placements",
         "shape",
         "weak",
@@ -171,6 +172,7 @@ class Spec:
         self.shape = shape
         self.dtype = dtype
         self.placements = placements
+        self.partial = any(is_partial(p) for p in placements)
         self.ndim = len(shape)
         self.weak = weak
         self.weak_type = dtype if weak else None
