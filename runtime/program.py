@@ -122,6 +122,15 @@ def compile_instr(instr: Instr, site: Site) -> Call:
             axis, combine = instr.attrs
             run = moves.compile_bucket(xp, shapes, combine, site.communicators[axis])
             return Call(run, {}, None, True, dtypes, shapes, meets)
+        case "reduce_scatter_bucket":
+            axis, combine, dims = instr.attrs
+            whole = [local_shape(t, site) for t in meets]
+            run = moves.compile_scatter_bucket(xp, whole, dims, combine, site.communicators[axis])
+            return Call(run, {}, None, True, dtypes, shapes, meets)
+        case "all_gather_bucket":
+            axis, _, dims = instr.attrs
+            run = moves.compile_gather_bucket(xp, shapes, dims, site.communicators[axis])
+            return Call(run, {}, None, True, dtypes, shapes, meets)
     op = lookup(instr.op)
     attrs = op.unpack(instr.attrs)
     if op.local is not None:

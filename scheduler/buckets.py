@@ -1,8 +1,7 @@
 """From a recorded batch to the body that workers run: duplicate reductions merged, reductions bucketed.
 
-Pure: tuples in, tuples out. A gradient reduction is recorded right after the gradient; here it is put off
-until a result of its bucket is first needed (or the bucket is full), so that one collective carries many
-gradients.
+Pure: tuples in, tuples out. A reduction is put off until a result of its bucket is first needed (or the bucket
+is full), so that one collective carries many gradients, and so are the all-gathers of what a batch has made.
 """
 
 from __future__ import annotations
@@ -42,13 +41,37 @@ def unflatten(body: Sequence[int], instrs: Sequence[Instr]) -> list[Recorded]:
     return out
 
 
-def all_reduce_axis(instr: Instr) -> int | None:
-    """The mesh axis of an instruction that is nothing but one all-reduce, else None."""
+class Kind(NamedTuple):
+    """What must agree for collectives to travel as one message: the verb, mesh axis, reduction and dtype."""
+
+    verb: str               # all_reduce_bucket, reduce_scatter_bucket or all_gather_bucket
+    axis: int
+    combine: str            # "" for an all-gather
+    dtype: str
+
+
+class Collective(NamedTuple):
+    """A redistribution that is nothing but one collective; `dim` is what is scattered or gathered, or -1."""
+
+    kind: Kind
+    dim: int
+
+
+def collective(instr: Instr) -> Collective | None:
+    """What a redistribution that can join a bucket is, else None."""
     if instr.op != "redistribute" or len(instr.attrs[0]) != 2:
         return None
     before, after = instr.attrs[0]
     axis = changed_axis(before, after)
-    return axis if is_partial(before[axis]) and after[axis] == REPLICATE else None
+    source, target = before[axis], after[axis]
+    dtype = instr.outs[0].dtype
+    if is_partial(source) and not is_partial(target):
+        if target == REPLICATE:
+            return Collective(Kind("all_reduce_bucket", axis, str(source), dtype), -1)
+        return Collective(Kind("reduce_scatter_bucket", axis, str(source), dtype), int(target))
+    if not is_partial(source) and source != REPLICATE and target == REPLICATE:
+        return Collective(Kind("all_gather_bucket", axis, "", dtype), int(source))
+    return None
 
 
 def merge_duplicates(steps: Sequence[Recorded], instrs: Sequence[Instr], temporary: frozenset[int],
@@ -80,49 +103,58 @@ def merge_duplicates(steps: Sequence[Recorded], instrs: Sequence[Instr], tempora
 
 def bucket(steps: Sequence[Recorded], instrs: Sequence[Instr], number: Callable[[Instr], int],
            limit: int = BUCKET_BYTES) -> list[Recorded]:
-    """Group all-reduces of one mesh axis, reduction and dtype; each group runs where first needed."""
-    out: list[Recorded] = []
-    open_: dict[tuple[int, str, str], list[Recorded]] = {}
-    home: dict[int, tuple[int, str, str]] = {}
-    size: dict[tuple[int, str, str], int] = {}
+    """Group collectives that can travel together; each group runs where one of its results is first needed.
 
-    def close(key: tuple[int, str, str]) -> None:
-        group = open_.pop(key)
-        size.pop(key)
-        for s in group:
+    An all-gather of what exists before the batch is left where it is recorded: a sharded parameter that is
+    gathered for one layer shall not wait for, nor live as long as, those of the others.
+    """
+    out: list[Recorded] = []
+    open_: dict[Kind, list[tuple[Recorded, int]]] = {}
+    home: dict[int, Kind] = {}
+    size: dict[Kind, int] = {}
+    made: set[int] = set()
+
+    def close(kind: Kind) -> None:
+        group = open_.pop(kind)
+        size.pop(kind)
+        for s, _ in group:
             home.pop(s.outs[0])
-        out.append(group[0] if len(group) == 1 else _joined(key, group, instrs, number))
+        out.append(group[0][0] if len(group) == 1 else _joined(kind, group, instrs, number))
 
     for step in steps:
-        for key in dict.fromkeys(home[s] for s in step.ins if s in home):
-            close(key)
+        for kind in dict.fromkeys(home[s] for s in step.ins if s in home):
+            close(kind)
         instr = instrs[step.number]
-        axis = all_reduce_axis(instr)
-        if axis is None:
+        found = collective(instr)
+        if found is None or (found.kind.verb == "all_gather_bucket" and step.ins[0] not in made):
             out.append(step)
-            continue
-        kind = instr.outs[0]
-        key = (axis, str(instr.attrs[0][0][axis]), kind.dtype)
-        open_.setdefault(key, []).append(step)
-        home[step.outs[0]] = key
-        size[key] = size.get(key, 0) + _bytes(instr)
-        if size[key] >= limit:
-            close(key)
-    for key in list(open_):
-        close(key)
+        else:
+            kind = found.kind
+            open_.setdefault(kind, []).append((step, found.dim))
+            home[step.outs[0]] = kind
+            size[kind] = size.get(kind, 0) + _bytes(instr)
+            if size[kind] >= limit:
+                close(kind)
+        made.update(step.outs)
+    for kind in list(open_):
+        close(kind)
     return out
 
 
-def _joined(key: tuple[int, str, str], group: Sequence[Recorded], instrs: Sequence[Instr],
+def _joined(kind: Kind, group: Sequence[tuple[Recorded, int]], instrs: Sequence[Instr],
             number: Callable[[Instr], int]) -> Recorded:
-    axis, combine, _ = key
-    ins = tuple(instrs[s.number].ins[0] for s in group)
-    outs = tuple(instrs[s.number].outs[0] for s in group)
-    joined = Instr("all_reduce_bucket", (axis, combine), ins, outs)
-    return Recorded(number(joined), tuple(s.ins[0] for s in group), tuple(s.outs[0] for s in group),
-                    group[-1].origin)
+    steps = [s for s, _ in group]
+    ins = tuple(instrs[s.number].ins[0] for s in steps)
+    outs = tuple(instrs[s.number].outs[0] for s in steps)
+    attrs: tuple[object, ...] = (kind.axis, kind.combine)
+    if kind.verb != "all_reduce_bucket":
+        attrs = (*attrs, tuple(dim for _, dim in group))
+    joined = Instr(kind.verb, attrs, ins, outs)
+    return Recorded(number(joined), tuple(s.ins[0] for s in steps), tuple(s.outs[0] for s in steps),
+                    steps[-1].origin)
 
 
 def _bytes(instr: Instr) -> int:
+    """Bytes of the whole tensor."""
     out = instr.outs[0]
     return canonical(out.dtype).itemsize * prod(out.shape)

@@ -70,14 +70,15 @@ def type_text(t: TensorType) -> str:
 
 def movement(instr: Instr, axes: Axes) -> tuple[str, int]:
     """What a step sends over the mesh, in words, and the modelled bytes that each worker sends."""
-    if instr.op == "all_reduce_bucket":
-        axis, combine = instr.attrs
+    if instr.op.endswith("_bucket"):
+        axis, combine = instr.attrs[:2]
         wire = sum(
-            _hop_bytes(t, t.placements, (*t.placements[:axis], REPLICATE, *t.placements[axis + 1 :]), axes)
-            for t in instr.ins
+            _hop_bytes(t, t.placements, out.placements, axes)
+            for t, out in zip(instr.ins, instr.outs, strict=True)
             if t is not None
         )
-        return f"all-reduce({combine}) over {axes.names[axis]}", round(wire)
+        word = instr.op.removesuffix("_bucket").replace("_", "-")
+        return f"{word}{f'({combine})' if combine else ''} over {axes.names[axis]}", round(wire)
     if instr.op != "redistribute" or instr.ins[0] is None:
         return "", 0
     words, wire, source = [], 0.0, instr.ins[0]

@@ -33,8 +33,9 @@ class Batch(NamedTuple):
             instr = self.program.instrs[number]  # type: ignore[union-attr]
             if instr.op == "redistribute":
                 found.append((instr.attrs[0][0], instr.attrs[0][-1]))
-            elif instr.op == "all_reduce_bucket":
-                found.append(tuple(reversed(instr.attrs)))
+            elif instr.op.endswith("_bucket"):
+                axis, combine = instr.attrs[:2]
+                found.append((combine or "gather", axis))
         return found
 
 
