@@ -11,8 +11,7 @@ each time simply walks.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -22,66 +21,72 @@ from meshtape.scheduler.planner import Plan
 from meshtape.scheduler.session import Block, Draw, Recording, Session
 from meshtape.scheduler.sites import Site
 
-KNOWN = 256         # walks remembered per session
+KNOWN = 256         # recordings remembered in one place
 
 
 class Survey(NamedTuple):
-    """The tape below a root: `key` is its structure, `operands` the blocks a walk reads, each once."""
+    """The tape below a root: `key` is its structure, `operands` the blocks a walk reads, each once, and
+    random draws. `freed` are the nodes that keep something until a backward.
+    """
 
     key: tuple[Any, ...]
     operands: list[Any]
-    nodes: list[Any]
     leaves: list[Tensor]
+    freed: list[Any]
 
 
 class Replay(NamedTuple):
-    """The recorded instructions, and the spec of each leaf's new gradient (None where there is none)."""
+    """The recorded instructions; for each leaf, where its new gradient comes from and its spec.
+
+    The gradient is result k of the recording, or operand -1 - k; the spec is None where there is none.
+    """
 
     recording: Recording
+    sources: tuple[int, ...]
     specs: tuple[Spec | None, ...]
 
 
-class Replays:
-    """The walks that a session has noted."""
-
-    def __init__(self) -> None:
-        self.known: OrderedDict[Any, Replay | None] = OrderedDict()
-
-    def find(self, key: tuple[Any, ...]) -> Replay | None:
-        found = self.known.get(key)
-        if found is not None:
-            self.known.move_to_end(key)
-        return found
-
-    def keep(self, key: tuple[Any, ...], replay: Replay | None) -> None:
-        self.known[key] = replay
-        if len(self.known) > KNOWN:
-            self.known.popitem(last=False)
+def remember(known: dict[Any, Any], key: Any, value: Any) -> None:
+    """Add to a collection of recordings, which forgets its oldest."""
+    known[key] = value
+    if len(known) > KNOWN:
+        del known[next(iter(known))]
 
 
-def survey(root: Any, gradient: Tensor) -> Survey | None:
-    """Collect the structure below `root`; None if something there must be run each time."""
-    places = {gradient.block: 0}
+def survey(root: Any, gradient: Tensor | None, session: Session) -> Survey | None:
+    """Collect the structure below `root`; None if something there must be run each time, or was freed.
+
+    `gradient` is None if the walk itself makes the ones that it starts from.
+    """
+    kind = session.Block
+    places: dict[Any, int] = {}
+    key: list[Any] = [None]
+    if gradient is not None:
+        places[gradient.block] = 0
+        key = [gradient.spec]
     order = {root: 0}
     nodes = [root]
-    key: list[Any] = [gradient.spec]
-    draws: list[Draw] = []
     leaves: list[Tensor] = []
+    freed: list[Any] = []
+    draws: list[Draw] = []
     for node in nodes:
-        if node.hooks or not node.replayable:
-            return None
         plan = node.plan
-        if plan is None:                                    # a leaf
+        if plan is None:                                    # a leaf, or what cannot be replayed
+            if node.hooks or not node.replayable:
+                return None
             tensor = node.tensor()
             if tensor is None:
                 key.append(None)
                 continue
             leaves.append(tensor)
-            old = tensor.raw_grad
             key.append(tensor.spec)
+            old = getattr(tensor, "_grad", None)
             if old is not None:
                 key += (old.spec, places.setdefault(old.block, len(places)))
             continue
+        kept = node.kept_in
+        if kept is None or node.hooks:
+            return None
         key.append(plan)
         for edge in node.edges:
             if edge is None:
@@ -92,29 +97,29 @@ def survey(root: Any, gradient: Tensor) -> Survey | None:
             if at is None:
                 at = order[target] = len(nodes)
                 nodes.append(target)
-            key.append(at)
-            if index:
-                key.append((index,))
-        if node.kept_out is not None:
-            for b in node.kept_out:
-                key.append(places.setdefault(b, len(places)))
-        for x in node.kept_in:
-            if isinstance(x, Block):
+            key.append((at, index) if index else at)
+        for x in kept:
+            if type(x) is kind:
                 key.append(places.setdefault(x, len(places)))
             elif type(x) is Draw:
                 draws.append(x)
             else:
                 key.append(x)
-    return Survey(tuple(key), [*places, *draws], nodes, leaves)
+        if node.kept_out is not None:
+            for x in node.kept_out:
+                key.append(places.setdefault(x, len(places)))
+        if plan.frees:
+            freed.append(node)
+    return Survey(tuple(key), [*places, *draws], leaves, freed)
 
 
 def replay(found: Replay, seen: Survey, session: Session, site: Site) -> None:
     """Do what a noted walk did, for this tape."""
     blocks = session.repeat(found.recording, seen.operands, site)
-    for leaf, block, spec in zip(seen.leaves, blocks, found.specs, strict=True):
+    for leaf, k, spec in zip(seen.leaves, found.sources, found.specs, strict=True):
         if spec is not None:
             t: Tensor = _new(Tensor)
-            t.block = block  # type: ignore[assignment]
+            t.block = blocks[k] if k >= 0 else seen.operands[-1 - k]
             t.spec = spec
             t.edge = None
             leaf._grad = t
@@ -124,7 +129,7 @@ _new = object.__new__
 
 
 class Trace:
-    """Notes what a walk records. A walk that does more than record ops (draws, feeds, fetches) is spoiled."""
+    """Notes what is recorded meanwhile. What does more than record ops (draws, feeds, fetches) is spoiled."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
@@ -157,29 +162,47 @@ class Trace:
         return made, there
 
     def _spoiling(self, method: Any) -> Any:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
             self.spoiled = True
-            return method(self.session, *args)
+            return method(self.session, *args, **kwargs)
         return call
 
-    def replay(self, seen: Survey) -> Replay | None:
-        """The noted walk, every operand named by its position; None if it cannot be repeated."""
-        code = None if self.spoiled else _Code(seen.operands)
+    def recording(self, operands: Sequence[Any],
+                  results: Iterable[Block]) -> tuple[Recording, list[int]] | None:
+        """What was noted, with operands by their position, and where to find each of the results: k for
+        result k of the recording, -1 - k for operand k. None if it cannot be repeated.
+
+        Scalars among the operands are told by identity.
+        """
+        code = None if self.spoiled else _Code(operands)
         if code is None or not all(code.add(*step) for step in self.steps):
             return None
-        grads = [leaf.raw_grad for leaf in seen.leaves]
-        if any(g is not None and int(g.block) not in code.where for g in grads):
+        places = [code.where.get(int(b)) for b in results]
+        shown = tuple(dict.fromkeys(k for kind, k in filter(None, places) if kind == "made"))
+        if None in places:
             return None
-        results = [None if g is None else code.where[int(g.block)] for g in grads]
-        return Replay(code.recording(results), tuple(None if g is None else g.spec for g in grads))
+        sources = [shown.index(k) if kind == "made" else -1 - k for kind, k in filter(None, places)]
+        return code.recording(shown), sources
+
+
+def noted_walk(trace: Trace, seen: Survey) -> Replay | None:
+    """The walk that `trace` noted, to be replayed on a tape with the same survey; None if it cannot be."""
+    grads = [getattr(leaf, "_grad", None) for leaf in seen.leaves]
+    found = trace.recording(seen.operands, [g.block for g in grads if g is not None])
+    if found is None:
+        return None
+    recording, sources = found
+    left = iter(sources)
+    return Replay(recording, tuple(0 if g is None else next(left) for g in grads),
+                  tuple(None if g is None else g.spec for g in grads))
 
 
 class _Code:
     """The flat entries of a recording: instruction numbers, operands, constants, and outputs, by position."""
 
     def __init__(self, operands: Sequence[Any]) -> None:
-        self.where = {int(b): ("operand", i) for i, b in enumerate(operands) if isinstance(b, Block)}
-        self.draws = {id(x): ("operand", i) for i, x in enumerate(operands) if type(x) is Draw}
+        self.where = {int(b): ("block", i) for i, b in enumerate(operands) if isinstance(b, Block)}
+        self.scalars = {id(x): ("scalar", i) for i, x in enumerate(operands) if not isinstance(x, Block)}
         self.constants: list[Any] = []
         self.entries: list[tuple[str, int]] = []
         self.made = self.count = 0
@@ -189,7 +212,7 @@ class _Code:
         places = []
         for i, x in enumerate(inputs):
             if not isinstance(x, Block):
-                place = self.draws.get(id(x))
+                place = self.scalars.get(id(x))
                 if place is None:
                     place = ("constant", len(self.constants))
                     self.constants.append(x)
@@ -211,27 +234,25 @@ class _Code:
         self.count += 1
         return True
 
-    def recording(self, results: Sequence[tuple[str, int] | None]) -> Recording:
+    def recording(self, shown: tuple[int, ...]) -> Recording:
+        """The entries as a selection from numbers, blocks, scalars, constants and outputs, in this order."""
         numbers = tuple(k for kind, k in self.entries if kind == "number")
-        uses = tuple(dict.fromkeys(k for kind, k in self.entries if kind == "operand"))
-        constants = len(numbers) + len(uses)
-        base = {"constant": constants, "made": constants + len(self.constants)}
-        use_place = {k: len(numbers) + i for i, k in enumerate(uses)}
-        picks, at = [], 0
-        for kind, k in self.entries:
-            if kind == "number":
-                picks.append(at)
-                at += 1
-            else:
-                picks.append(use_place[k] if kind == "operand" else base[kind] + k)
-        shown = {r[1] for r in results if r is not None and r[0] == "made"}
+        uses, given = (tuple(dict.fromkeys(k for kind, k in self.entries if kind == wanted))
+                       for wanted in ("block", "scalar"))
+        values = [("block", k) for k in uses] + [("scalar", k) for k in given]
+        values += [("constant", k) for k in range(len(self.constants))]
+        values += [("made", k) for k in range(self.made)]
+        place = {value: len(numbers) + i for i, value in enumerate(values)}
+        nth = iter(range(len(numbers)))
+        picks = [next(nth) if entry[0] == "number" else place[entry] for entry in self.entries]
         return Recording(
             numbers,
             uses,
+            given,
             tuple(self.constants),
             self.made,
             itemgetter(*picks) if picks else None,
             self.count,
+            shown,
             tuple(k for k in range(self.made) if k not in shown),
-            tuple(None if r is None else r[1] if r[0] == "operand" else -1 - r[1] for r in results),
         )

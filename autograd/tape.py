@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from typing import Any
 
-from meshtape.autograd.replay import Replays, Trace, replay, survey
+from meshtape.autograd.replay import Survey, Trace, noted_walk, remember, replay, survey
 from meshtape.autograd.tensor import Tensor, make
 from meshtape.runtime.dtypes import is_differentiable
 from meshtape.runtime.errors import GradError, ShapeError
@@ -25,6 +25,7 @@ from meshtape.scheduler.session import Block, Session
 from meshtape.scheduler.sites import Site, site_text, user_site
 
 Edge = tuple["AnyNode", int]
+FULL = lookup("full")
 Hook = Callable[[Tensor], Tensor | None]
 
 
@@ -71,10 +72,6 @@ class Node(AnyNode):
     @property
     def n_out(self) -> int:
         return len(self.plan.outs)
-
-    @property
-    def replayable(self) -> bool:  # type: ignore[override]
-        return self.kept_in is not None
 
     @property
     def name(self) -> str:
@@ -185,50 +182,54 @@ class CheckpointNode(AnyNode):
 
 # --- the walk -----------------------------------------------------------------------------------------
 
-def walk(roots: Sequence[tuple[Edge, Tensor]], *, retain_graph: bool, create_graph: bool,
-         captured: dict[Edge, Tensor | None] | None = None) -> None:
+def walk(roots: Sequence[tuple[Edge, Tensor | Callable[[], Tensor]]], *, retain_graph: bool,
+         create_graph: bool, captured: dict[Edge, Tensor | None] | None = None) -> None:
     """Send gradients from `roots` back over the tape, without recursion.
 
-    Leaves accumulate into `.grad`, unless `captured` names the edges whose gradients are wanted instead.
+    A gradient is a tensor, or what records it. Leaves accumulate into `.grad`, unless `captured` names the
+    edges whose gradients are wanted instead.
     """
     session = current.session()
     enabled, site = session.grad_enabled, session.site
     try:
         session.grad_enabled = create_graph
         session.site = site or user_site()
-        if len(roots) > 1 or create_graph or captured is not None or vars(session).get("record"):
-            _walk(roots, session, retain_graph, captured)
-            return
-        (root, index), gradient = roots[0]
-        seen = None if index else survey(root, gradient)
-        if seen is None:
-            _walk(roots, session, retain_graph, None)
-            return
-        if session.replays is None:
-            session.replays = Replays()
-        found = session.replays.find(seen.key)
-        if found is not None:
-            replay(found, seen, session, session.site)
-        else:
-            with Whole(), Trace(session) as trace:
-                _walk(roots, session, True, None)
-            session.replays.keep(seen.key, trace.replay(seen))
-        if not retain_graph:
-            for node in seen.nodes:
-                node.release()
+        if len(roots) == 1 and not create_graph and captured is None and "record" not in vars(session):
+            (root, index), gradient = roots[0]
+            known = gradient if isinstance(gradient, Tensor) else None
+            seen = None if index else survey(root, known, session)
+            if seen is not None:
+                _remembered(roots, seen, session, session.site)
+                if not retain_graph:
+                    for node in seen.freed:
+                        node.kept_in = node.kept_out = None
+                return
+        _walk(roots, session, retain_graph, captured)
     finally:
         session.grad_enabled = enabled
         session.site = site
 
 
-def _walk(roots: Sequence[tuple[Edge, Tensor]], session: Session, retain_graph: bool,
+def _remembered(roots: Sequence[tuple[Edge, Tensor | Callable[[], Tensor]]], seen: Survey, session: Session,
+                site: Site) -> None:
+    """Replay the walk if one over such a tape was noted; else walk and note it."""
+    found = session.replays.get(seen.key)
+    if found is not None:
+        replay(found, seen, session, site)
+        return
+    with Whole(), Trace(session) as trace:
+        _walk(roots, session, True, None)
+    remember(session.replays, seen.key, noted_walk(trace, seen))
+
+
+def _walk(roots: Sequence[tuple[Edge, Tensor | Callable[[], Tensor]]], session: Session, retain_graph: bool,
           captured: dict[Edge, Tensor | None] | None) -> None:
     """Node by node: run hooks, run the vjp, pass on the gradients; a node runs once all its consumers have.
     """
     waiting = count_consumers([edge[0] for edge, _ in roots])
     grads: dict[AnyNode, list[Tensor | None]] = {}
     for (node, index), g in roots:
-        add_grad(grads, node, index, g)
+        add_grad(grads, node, index, g if isinstance(g, Tensor) else g())
     ready = [node for node in dict.fromkeys(edge[0] for edge, _ in roots) if node not in waiting]
     wanted: dict[AnyNode, list[int]] = {}
     for edge in captured or ():
@@ -345,15 +346,13 @@ def root_edge(tensor: Tensor, who: str) -> Edge:
     return edge
 
 
-def initial(tensor: Tensor, gradient: Tensor | None, who: str) -> Tensor:
-    """The gradient that starts the walk; ones for a tensor of one element."""
+def initial(tensor: Tensor, gradient: Tensor | None, who: str) -> Tensor | Callable[[], Tensor]:
+    """The gradient that starts the walk, or what records it: ones for a tensor of one element."""
     if gradient is None:
-        if tensor.size != 1:
+        if tensor.spec.shape and tensor.size != 1:
             raise GradError(f"{who}: a gradient starts from one number, but the tensor has shape "
                             f"{tensor.shape}; reduce it (.sum(), .mean()) or pass gradient= of that shape")
-        full = lookup("full")
-        value = 1.0
-        return Tensor._apply(full, (value,), full.pack(  # type: ignore[no-any-return]
+        return lambda: Tensor._apply(FULL, (1.0,), FULL.pack(  # type: ignore[no-any-return]
             {"shape": tensor.shape, "dtype": tensor.dtype.name}))
     from_user = gradient if isinstance(gradient, Tensor) else as_gradient(gradient, tensor)
     if from_user.shape != tensor.shape:

@@ -32,7 +32,6 @@ IN_FLIGHT = 8               # batches sent and not yet answered; at more, wait u
 BODIES = 512                # programs that workers keep
 SMALL = 1 << 16             # bytes up to which a Partial tensor is fetched as addends and combined here
 
-HIDDEN = [-1] * 64
 
 class Block(int):
     """A tensor's data on the workers, by global id. When the last reference goes, the id is freed.
@@ -56,19 +55,20 @@ class Draw(int):
 class Recording(NamedTuple):
     """Instructions recorded once, to be appended again with other operands.
 
-    `pick` takes the flat entries of the body from a list of instruction `numbers`, the slots of the operands
-    at `uses`, of the scalars `constants`, and of the `made` outputs. `results` are operand positions, or -1
-    - k for output k, or None; outputs at `hidden` places are temporaries.
+    `pick` takes the flat entries of the body from a list of instruction `numbers`, the slots of the blocks
+    among the operands that are at `uses`, the scalars among them at `given`, the scalars `constants`, and the
+    `made` outputs. Of the outputs, those at `shown` are results and the others, at `hidden`, temporaries.
     """
 
     numbers: tuple[int, ...]
     uses: tuple[int, ...]
+    given: tuple[int, ...]
     constants: tuple[Any, ...]
     made: int
     pick: Callable[[list[Any]], tuple[int, ...]] | None
     steps: int
+    shown: tuple[int, ...]
     hidden: tuple[int, ...]
-    results: tuple[int | None, ...]
 
 
 class Stats:
@@ -100,7 +100,7 @@ class Session:
         self.draws = 0
         self.stats = Stats()
         self.tracer: Tracer | None = None   # set while a profile is taken
-        self.replays: Any = None            # the tape's: backward walks it has noted
+        self.replays: dict[Any, Any] = {}   # the tape's: backward walks it has noted
         self.freed: deque[int] = deque()
         self.Block = block_type(self.freed.append)
         self._next_id = 0
@@ -177,46 +177,41 @@ class Session:
                 entry.append(-len(self.scalars))
         return entry
 
-    def repeat(self, recording: Recording, operands: Sequence[Any], site: Site) -> list[Block | None]:
+    def repeat(self, recording: Recording, operands: Sequence[Any], site: Site) -> list[Block]:
         """Append a recording again, with other operands; returns the Blocks of its results."""
+        if get_ident() != self.thread:
+            raise other_thread()
         slots, names = self.slots, self.names
-        values: list[Any] = [*recording.numbers]
+        values = list(recording.numbers)
         for i in recording.uses:
             x = operands[i]
-            if type(x) is self.Block:
-                slot = slots.get(x)
-                values.append(self._external(x) if slot is None else slot)
-            else:
-                self.scalars.append(x)
-                values.append(-len(self.scalars))
-        for x in recording.constants:
-            self.scalars.append(x)
-            values.append(-len(self.scalars))
-        first, made = len(names), recording.made
+            slot = slots.get(x)
+            if slot is None:
+                slot = slots[+x] = len(names)
+                names.append(+x)
+            values.append(slot)
+        if recording.given or recording.constants:
+            before = -1 - len(self.scalars)
+            self.scalars += [operands[i] for i in recording.given]
+            self.scalars += recording.constants
+            values += range(before, -1 - len(self.scalars), -1)
+        first, name, made = len(names), self._next_id, recording.made
         values += range(first, first + made)
-        names += HIDDEN[:made] if made <= len(HIDDEN) else [-1] * made
-        name = self._next_id
-        out: list[Block | None] = []
-        for r in recording.results:
-            if r is None or r >= 0:
-                out.append(None if r is None else operands[r])
-            else:
-                slot = first - 1 - r
-                known = names[slot]
-                if known < 0:
-                    names[slot] = known = name
-                    slots[name] = slot
-                    name += 1
-                out.append(self.Block(known))
+        names += [-1] * made
+        blocks = list(map(self.Block, range(name, name + len(recording.shown))))
+        for k in recording.shown:
+            slots[name] = first + k
+            names[first + k] = name
+            name += 1
         self._next_id = name
+        self.temporary += map(first.__add__, recording.hidden)
         if recording.pick is not None:
-            self.temporary += [first + k for k in recording.hidden]
             self.body += recording.pick(values)
             sites = self.sites
             sites += [site] * recording.steps
             if len(sites) >= PENDING_LIMIT:
                 self.flush()
-        return out
+        return blocks
 
     def _external(self, block: Block) -> int:
         """The slot of a block that this batch has not used before."""

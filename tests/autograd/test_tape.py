@@ -71,6 +71,16 @@ def test_replay_depends_on_scalars_and_old_gradients() -> None:
     np.testing.assert_allclose(x.grad.numpy(), 3.5 * np.array([1.0, 3.0]) ** 2.5 + 2)
 
 
+def test_leaves_that_share_one_gradient_keep_it_apart_after_replay() -> None:
+    p, q = leaf([1.0, 2.0]), leaf([3.0, 4.0])
+    for _ in range(3):
+        p.grad = q.grad = None
+        (p + q).sum().backward()
+        p.grad = None
+        mt.synchronize()
+        np.testing.assert_array_equal(q.grad.numpy(), [1.0, 1.0])
+
+
 def test_backward_twice_needs_retain_graph() -> None:
     x = leaf([2.0])
     y = (x * x).sum()
