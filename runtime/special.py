@@ -44,7 +44,7 @@ def erf(xp: Any, x: Any) -> Any:
     return _blockwise(x.astype(np.float32, copy=False), _erf32).astype(x.dtype, copy=False)
 
 
-def select(xp: Any, c: Any, x: Any, y: Any) -> Any:
+def select(xp: Any, c: Any, x: Any, y: Any, out: Any = None) -> Any:
     """xp.where(c, x, y), on bits where that is faster; `c` is bool, arrays `x` and `y` have one dtype.
 
     NumPy's where takes a branch for every element, which an irregular mask mispredicts: 256 x 512 float32
@@ -53,14 +53,24 @@ def select(xp: Any, c: Any, x: Any, y: Any) -> Any:
     dtype = x.dtype if hasattr(x, "dtype") else y.dtype if hasattr(y, "dtype") else None
     zero = type(y) in (int, float) and y == 0 and math.copysign(1, y) > 0
     if xp.__name__ == "cupy" or dtype is None or c.size < _SMALL or dtype.itemsize > (8 if zero else 4):
-        return xp.where(c, x, y)
+        return _placed(xp.where(c, x, y), out)
     bits = f"i{dtype.itemsize}"
-    keep = -c.astype(bits)
     chosen = np.asarray(x, dtype).view(bits)
     if zero:
-        return (keep & chosen).view(dtype)
+        # A mask of bytes, which the ufunc widens chunk by chunk, where a wide one would not stay in cache.
+        keep = np.negative(c.view(np.int8))
+        return np.bitwise_and(chosen, keep, out=None if out is None else out.view(bits)).view(dtype)
+    keep = -c.astype(bits)
     other = np.asarray(y, dtype).view(bits)
-    return (((chosen ^ other) & keep) ^ other).view(dtype)
+    return _placed((((chosen ^ other) & keep) ^ other).view(dtype), out)
+
+
+def _placed(result: Any, out: Any) -> Any:
+    """`result`, in `out` if there is one."""
+    if out is None:
+        return result
+    out[...] = result
+    return out
 
 
 def _blockwise(x: Any, function: Any) -> Any:

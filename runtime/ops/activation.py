@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from meshtape.runtime import special
 from meshtape.runtime.op import Op, Sample
 from meshtape.runtime.ops.pointwise import exp, greater, mul, tanh, where
@@ -21,12 +23,22 @@ def _sigmoid(xp: Any, x: Any) -> Any:
 sigmoid = unary("sigmoid", _sigmoid, floated(COMPLEX), elementwise="1 / (1 + exp(-x))", keeps="out",
                 slope=lambda out, x: out * (1 - out))
 
-relu = unary("relu", lambda xp, x, out=None: xp.maximum(x, 0, out=out), promoted(BOOL, COMPLEX),
+_CLIPPED = 8192     # elements from which on np.clip is faster: np.maximum has no vector code for scalars
+
+
+def _relu(xp: Any, x: Any, out: Any = None) -> Any:
+    if xp is np and x.dtype.kind == "f" and x.size >= _CLIPPED:
+        return np.clip(x, 0, np.inf, out=out)
+    return xp.maximum(x, 0, out=out)
+
+
+relu = unary("relu", _relu, promoted(BOOL, COMPLEX),
              elementwise="max(x, 0)", keeps="out", vjp=(lambda g, out, x: relu_grad(g, out),))
 # Unlike where(y > 0, x, 0), whose 0 is an operand, it is declared linear in the gradient x.
 relu_grad: Op = binary(
-    "relu_grad", lambda xp, x, y: special.select(xp, y > 0, x, 0), promoted(BOOL, COMPLEX), linear=((0,),),
-    elementwise="where(y > 0, x, 0)", keeps="y", vjp=(lambda g, out, x, y: relu_grad(g, y), None),
+    "relu_grad", lambda xp, x, y, out=None: special.select(xp, y > 0, x, 0, out), promoted(BOOL, COMPLEX),
+    linear=((0,),), elementwise="where(y > 0, x, 0)", keeps="y",
+    vjp=(lambda g, out, x, y: relu_grad(g, y), None),
     samples=lambda: [Sample((shape, shape)) for shape in ((5, 3), (), (2, 1, 4), (0, 3))])
 
 leaky_relu = unary(

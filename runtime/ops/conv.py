@@ -23,7 +23,7 @@ import numpy as np
 
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import IO, REQUIRED, Axes, Op, Sample, register
-from meshtape.runtime.ops import winograd
+from meshtape.runtime.ops import conv_rows, winograd
 from meshtape.runtime.ops.contraction import widen
 from meshtape.runtime.ops.reduce import sum_
 from meshtape.runtime.ops.rules import COMPLEX, floated
@@ -33,6 +33,7 @@ from meshtape.runtime.ops.windows import (
     counts,
     padded,
     placed,
+    products,
     span,
     tap_slices,
     unpadded,
@@ -134,13 +135,15 @@ def _grouped(w: Any, groups: int) -> Any:
 
 
 def _correlate(xp: Any, x: Any, w: Any, bias: Any, stride: Shape, padding: Pairs, dilation: Shape,
-               groups: int,
-               out: Any) -> Any:
+               groups: int, out: Any) -> Any:
     dtype, kernel = x.dtype, w.shape[2:]
     count = counts("conv", x.shape[2:], kernel, stride, padding, dilation)
     x, w, bias = widen(x), widen(w), None if bias is None else widen(bias)
     if winograd.suits(xp, w.shape, stride, dilation, groups, count):
         return placed(winograd.correlate(xp, x, w, bias, padding, count, gathered(xp)), dtype, out)
+    if conv_rows.suits(xp, x, kernel, stride):
+        geometry = conv_rows.geometry(kernel, stride, padding, dilation, count, groups)
+        return placed(conv_rows.correlate(x, w, bias, geometry), dtype, out)
     x, filters = padded(xp, x, padding), _grouped(w, groups)
     if out is None:
         out = xp.empty((len(x), len(w), *count), dtype)
@@ -184,11 +187,6 @@ def _grad_columns(g: Any, samples: slice, rows: slice, groups: int) -> Any:
     return block.reshape(groups, len(block) // groups, prod(block.shape[1:]))
 
 
-def _products(xp: Any, left: Any, right: Any) -> Any:
-    """Matrix products; outer products (one output per group) are faster by broadcasting than by BLAS."""
-    return left * right if left.shape[-1] == 1 else xp.matmul(left, right)
-
-
 def _conv(xp: Any, x: Any, w: Any, stride: Shape, padding: Pairs, dilation: Shape, groups: int,
           out: Any = None) -> Any:
     return _correlate(xp, x, w, None, stride, padding, dilation, groups, out)
@@ -224,13 +222,17 @@ def _scatter(xp: Any, g: Any, w: Any, size: Shape, stride: Shape, padding: Pairs
              groups: int) -> Any:
     """Each window's product with the weight, added where the window's taps lie ("col2im")."""
     kernel, count = w.shape[2:], g.shape[2:]
-    g, filters = widen(g), _grouped(widen(w), groups).swapaxes(1, 2)
+    g, w = widen(g), widen(w)
+    if conv_rows.suits(xp, g, kernel, stride):
+        geometry = conv_rows.geometry(kernel, stride, padding, dilation, count, groups)
+        return conv_rows.scatter(g, w, size, geometry)
+    filters = _grouped(w, groups).swapaxes(1, 2)
     channels = w.shape[1] * groups
     room = tuple(n + lo + hi for n, (lo, hi) in zip(size, padding, strict=True))
     out = xp.zeros((len(g), channels, *room), g.dtype)
     for samples, rows in blocks(len(g), count, channels * prod(kernel), gathered(xp)):
         taken = (samples.stop - samples.start, rows.stop - rows.start, *count[1:])
-        columns = _products(xp, filters, _grad_columns(g, samples, rows, groups))
+        columns = products(xp, filters, _grad_columns(g, samples, rows, groups))
         columns = columns.reshape(channels, *kernel, *taken)
         target = out[samples]
         for tap, where in tap_slices(kernel, stride, dilation, taken[1:], rows.start):
@@ -244,6 +246,9 @@ def _conv_weight_grad(xp: Any, g: Any, x: Any, kernel: Shape, stride: Shape, pad
     g, x = widen(g), widen(x)
     if winograd.suits(xp, (g.shape[1], x.shape[1], *kernel), stride, dilation, groups, count):
         return placed(winograd.weight_grad(xp, g, x, padding, gathered(xp)), dtype, out)
+    if conv_rows.suits(xp, x, kernel, stride):
+        geometry = conv_rows.geometry(kernel, stride, padding, dilation, count, groups)
+        return placed(conv_rows.weight_grad(g, x, geometry), dtype, out)
     x = padded(xp, x, padding)
     outputs, channels = g.shape[1] // groups, x.shape[1] // groups
     total = xp.zeros((groups, outputs, channels * prod(kernel)), g.dtype)

@@ -18,7 +18,7 @@ from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import REQUIRED, Axes, Op, Sample, register
 from meshtape.runtime.ops.contraction import widen
 from meshtape.runtime.ops.rules import COMPLEX, floated, promoted
-from meshtape.runtime.ops.windows import Pairs, meetings, placed, pool_counts, span, tap_meetings
+from meshtape.runtime.ops.windows import Pairs, innermost, meetings, placed, pool_counts, span, tap_meetings
 from meshtape.runtime.shards import Shape
 
 Attrs = dict[str, Any]
@@ -49,9 +49,11 @@ def _same_size(name: str, given: Shape, needed: Shape) -> None:
         raise ShapeError(f"{name}: the windows of this input are {needed}, got {given}")
 
 
-def _sample_runs(xp: Any, shape: Shape) -> Iterator[slice]:
-    step = max(1, CACHED // max(1, prod(shape[1:]))) if xp is np else max(1, shape[0])
-    return (slice(at, at + step) for at in range(0, shape[0], step))
+def _runs(xp: Any, x: Any) -> Iterator[tuple[slice, ...]]:
+    """Runs of samples, or of channels if they are outermost in memory, that stay in cache."""
+    axis = int(x.strides[1] > x.strides[0])
+    step = max(1, CACHED // max(1, x.size // max(1, x.shape[axis]))) if xp is np else max(1, x.shape[axis])
+    return ((slice(None),) * axis + (slice(at, at + step),) for at in range(0, x.shape[axis], step))
 
 
 # --- the largest ----------------------------------------------------------------------------------------
@@ -94,10 +96,13 @@ def _max_pool(xp: Any, x: Any, kernel: Shape, stride: Shape, padding: Pairs, dil
               ceil_mode: bool) -> Any:
     size = x.shape[2:]
     count = pool_counts("max_pool", size, kernel, stride, padding, dilation, ceil_mode)
-    best, tap = xp.empty((*x.shape[:2], *count), x.dtype), xp.empty((*x.shape[:2], *count), tap_dtype(kernel))
+    shape = (*x.shape[:2], *count)
+    # In the memory order of x, as samples may be innermost.
+    best, tap = xp.empty_like(x, shape=shape), xp.empty_like(x, dtype=tap_dtype(kernel), shape=shape)
     starts, numbers = _first_elements(xp, size, kernel, stride, padding, dilation, count)
-    met = list(tap_meetings(size, kernel, stride, padding, dilation, count))
-    for run in _sample_runs(xp, x.shape):
+    # The first tap is the first element of every window that meets it.
+    met = [case for case in tap_meetings(size, kernel, stride, padding, dilation, count) if case[0]]
+    for run in _runs(xp, x):
         block, top, number = x[run], best[run], tap[run]
         top[...] = block[(..., *starts)]
         number[...] = numbers
@@ -136,11 +141,13 @@ def _max_grad_shape(g: Shape, tap: Shape, size: Shape, **geometry: Any) -> list[
 def _max_grad(xp: Any, g: Any, tap: Any, size: Shape, kernel: Shape, stride: Shape, padding: Pairs,
               dilation: Shape, ceil_mode: bool, out: Any = None) -> Any:
     dtype = g.dtype
-    g = widen(g)
-    total = xp.zeros((*g.shape[:2], *size), g.dtype)
+    g = _in_order_of(xp, tap, widen(g))
     apart = all(s >= span(k, d) for s, k, d in zip(stride, kernel, dilation, strict=True))
+    covered = tuple(n * s for n, s in zip(g.shape[2:], stride, strict=True))
+    make = xp.empty_like if apart and stride == kernel and covered == size else xp.zeros_like
+    total = make(tap, dtype=g.dtype, shape=(*g.shape[:2], *size))
     met = list(tap_meetings(size, kernel, stride, padding, dilation, g.shape[2:]))
-    for run in _sample_runs(xp, total.shape):
+    for run in _runs(xp, total):
         upstream, number, target = g[run], tap[run], total[run]
         for k, windows, elements in met:
             here, there = (..., *windows), (..., *elements)
@@ -149,6 +156,15 @@ def _max_grad(xp: Any, g: Any, tap: Any, size: Shape, kernel: Shape, stride: Sha
             else:
                 target[there] += upstream[here] * (number[here] == k)
     return placed(total, dtype, out)
+
+
+def _in_order_of(xp: Any, like: Any, x: Any) -> Any:
+    """`x` in the memory order of `like`: arrays that are stepped through together should lie alike."""
+    if innermost(xp, x) == innermost(xp, like):
+        return x
+    out = xp.empty_like(like, dtype=x.dtype)
+    out[...] = x
+    return out
 
 
 def _max_take_shape(x: Shape, tap: Shape, **geometry: Any) -> list[Shape]:

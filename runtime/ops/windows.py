@@ -58,6 +58,16 @@ def placed(result: Any, dtype: Any, out: Any) -> Any:
     return out
 
 
+def innermost(xp: Any, x: Any) -> bool:
+    """Whether the samples of `x` are innermost in memory, behind the spatial dimensions."""
+    return bool(xp.moveaxis(x, 0, -1).flags.c_contiguous)
+
+
+def products(xp: Any, left: Any, right: Any) -> Any:
+    """Matrix products; those of one column and one row are faster by broadcasting than by BLAS."""
+    return left * right if left.shape[-1] == 1 else xp.matmul(left, right)
+
+
 def padded(xp: Any, x: Any, padding: Pairs) -> Any:
     """`x` with zeros around its spatial dimensions."""
     if not any(lo or hi for lo, hi in padding):

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 
+from meshtape.runtime.op import lookup
 from meshtape.runtime.special import erf, select
 
 POINTS = np.concatenate([np.linspace(-7, 7, 20001), np.logspace(-300, 0, 2001), -np.logspace(-20, 1, 501)])
@@ -55,6 +56,9 @@ def test_select_is_where(dtype: str, shapes: tuple[tuple[int, ...], ...]) -> Non
             found, wanted = select(np, c, a, b), np.where(c, a, b)
             np.testing.assert_array_equal(found, wanted)
             assert found.dtype == wanted.dtype
+            place = np.empty_like(wanted)
+            np.testing.assert_array_equal(select(np, c, a, b, place), wanted)
+            np.testing.assert_array_equal(place, wanted)
             if wanted.dtype.kind == "f":
                 np.testing.assert_array_equal(np.signbit(found), np.signbit(wanted))
 
@@ -62,3 +66,14 @@ def test_select_is_where(dtype: str, shapes: tuple[tuple[int, ...], ...]) -> Non
 def test_select_drops_what_is_not_finite() -> None:
     x = np.full(5000, np.inf, np.float32)
     np.testing.assert_array_equal(select(np, np.zeros(5000, bool), x, 0), np.zeros(5000))
+
+
+def test_relu_of_many_elements_is_that_of_few() -> None:
+    x = np.random.default_rng(0).normal(size=9000).astype(np.float32)
+    x[:4] = np.nan, np.inf, -np.inf, -0.0
+    relu = lookup("relu").kernel
+    np.testing.assert_array_equal(relu(np, x), np.maximum(x, 0))
+    assert relu(np, x).dtype == np.float32
+    place = x.copy()
+    assert relu(np, place, out=place) is place
+    np.testing.assert_array_equal(place, np.maximum(x, 0))

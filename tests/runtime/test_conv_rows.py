@@ -1,0 +1,115 @@
+"""Convolution and pooling of arrays whose samples are innermost in memory are the same operations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from meshtape.runtime.op import lookup
+from meshtape.runtime.ops import conv_rows
+from meshtape.runtime.ops.windows import innermost
+
+Array = np.ndarray[Any, Any]
+RNG = np.random.default_rng(0)
+NEVER = 1 << 60
+
+
+def run(name: str, *arrays: Any, **attrs: Any) -> Any:
+    op = lookup(name)
+    return op.kernel(np, *arrays, **op.unpack(op.pack(attrs)))
+
+
+def samples_innermost(x: Array) -> Array:
+    """`x` with the same values and shape."""
+    return np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 0, -1)), -1, 0)
+
+
+def all_four(x: Array, w: Array, b: Array, g: Array | None, attrs: dict[str, Any]) -> list[Array]:
+    y = run("conv_bias", x, w, b, **attrs)
+    g = np.ones_like(y) if g is None else g
+    return [y, run("conv", x, w, **attrs), run("conv_input_grad", g, w, size=x.shape[2:], **attrs),
+            run("conv_weight_grad", g, x, kernel=w.shape[2:], **attrs)]
+
+
+SAME = ((1, 1), (1, 1))
+GEOMETRIES: list[tuple[Any, Any, Any, Any, Any, int]] = [
+    ((7, 5), (3, 3), (1, 1), SAME, (1, 1), 1), ((7, 5), (3, 3), (1, 1), SAME, (1, 1), 2),
+    ((6, 8), (2, 3), (1, 2), ((0, 2), (3, 0)), (1, 1), 4),
+    ((6, 7), (3, 2), (2, 1), ((3, 4), (0, 0)), (1, 3), 2), ((9, 6), (3, 3), (2, 2), SAME, (2, 1), 1),
+    ((5, 5), (2, 2), (3, 3), ((1, 0), (0, 1)), (1, 1), 1),
+    ((4, 4), (1, 1), (1, 1), ((0, 0), (0, 0)), (1, 1), 1), ((9,), (3,), (2,), ((1, 2),), (2,), 2),
+    ((6,), (4,), (1,), ((3, 0),), (1,), 1), ((2, 2), (3, 3), (1, 1), ((4, 4), (4, 4)), (1, 1), 1)]
+
+
+@pytest.mark.parametrize("limits", [(1, 1, 1), (300, 500, 3), (1 << 20, 10 ** 6, 64)])
+@pytest.mark.parametrize("size, kernel, stride, padding, dilation, groups", GEOMETRIES)
+def test_many_samples_are_convolved_like_few(monkeypatch: pytest.MonkeyPatch, size: Any, kernel: Any,
+                                             stride: Any, padding: Any, dilation: Any, groups: int,
+                                             limits: Any) -> None:
+    attrs = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    x, b = RNG.normal(size=(5, 4, *size)), RNG.normal(size=8)
+    w = RNG.normal(size=(8, 4 // groups, *kernel))
+    monkeypatch.setattr(conv_rows, "SAMPLES", NEVER)
+    g = RNG.normal(size=run("conv", x, w, **attrs).shape)
+    wanted = all_four(x, w, b, g, attrs)
+    monkeypatch.setattr(conv_rows, "SAMPLES", 1)
+    for name, limit in zip(("GATHERED", "IN_PLACE", "BLOCK"), limits, strict=True):
+        monkeypatch.setattr(conv_rows, name, limit)
+    for given in (x, samples_innermost(x)):
+        for upstream in (g, samples_innermost(g)):
+            for got, true in zip(all_four(given, w, b, upstream, attrs), wanted, strict=True):
+                np.testing.assert_allclose(got, true, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "complex128"])
+def test_results_keep_their_dtype_and_lie_samples_innermost(dtype: str) -> None:
+    x = RNG.normal(size=(conv_rows.SAMPLES, 2, 6, 5)).astype(dtype)
+    w, b = RNG.normal(size=(3, 2, 3, 3)).astype(dtype), RNG.normal(size=3).astype(dtype)
+    attrs = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": 1}
+    y, _, dx, dw = all_four(x, w, b, None, attrs)
+    assert {a.dtype.name for a in (y, dx, dw)} == {dtype}
+    assert innermost(np, y) and innermost(np, dx)
+    few = [run("conv_bias", x[i:i + 1], w, b, **attrs) for i in range(len(x))]
+    np.testing.assert_allclose(y, np.concatenate(few), rtol=1e-2 if dtype == "float16" else 1e-5, atol=1e-3)
+
+
+def test_outputs_of_an_empty_piece_of_the_weight() -> None:
+    x, w = RNG.normal(size=(conv_rows.SAMPLES, 2, 4, 4)), np.zeros((0, 2, 3, 3))
+    attrs = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": 1}
+    y, _, dx, dw = all_four(x, w, np.zeros(0), None, attrs)
+    assert y.shape == (len(x), 0, 4, 4) and dw.shape == w.shape
+    np.testing.assert_array_equal(dx, np.zeros_like(x))
+
+
+def test_a_broadcast_gradient() -> None:
+    x, w = RNG.normal(size=(conv_rows.SAMPLES, 2, 4, 4)), RNG.normal(size=(3, 2, 3, 3))
+    attrs = {"stride": (1, 1), "padding": ((1, 1), (1, 1)), "dilation": (1, 1), "groups": 1}
+    shape = (len(x), 3, 4, 4)
+    one, ones = np.broadcast_to(1.0, shape), np.ones(shape)
+    for got, wanted in zip(all_four(x, w, np.ones(3), one, attrs), all_four(x, w, np.ones(3), ones, attrs),
+                           strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kernel, stride, padding, dilation, ceil_mode", [
+    ((2, 2), (2, 2), ((0, 0), (0, 0)), (1, 1), False), ((3, 3), (2, 2), ((1, 1), (1, 1)), (1, 1), False),
+    ((3, 2), (1, 3), ((0, 1), (1, 0)), (2, 1), True), ((2, 3), (2, 3), ((0, 0), (0, 0)), (1, 1), False)])
+def test_pooling_keeps_the_order_in_memory(kernel: Any, stride: Any, padding: Any, dilation: Any,
+                                           ceil_mode: bool) -> None:
+    x = RNG.integers(-3, 3, (6, 4, 8, 9)).astype(float)          # many ties
+    attrs = {"kernel": kernel, "stride": stride, "padding": padding, "dilation": dilation,
+             "ceil_mode": ceil_mode}
+    best, tap = run("max_pool", x, **attrs)
+    g = RNG.normal(size=best.shape)
+    dx = run("max_pool_grad", g, tap, size=(8, 9), **attrs)
+    other, number = run("max_pool", samples_innermost(x), **attrs)
+    assert innermost(np, other) and innermost(np, number)
+    np.testing.assert_array_equal(other, best)
+    np.testing.assert_array_equal(number, tap)
+    for upstream in (g, samples_innermost(g)):
+        for taps in (tap, number):
+            got = run("max_pool_grad", upstream, taps, size=(8, 9), **attrs)
+            assert innermost(np, got) == innermost(np, taps)
+            np.testing.assert_array_equal(got, dx)
