@@ -168,13 +168,13 @@ class Trace:
         return call
 
     def recording(self, operands: Sequence[Any],
-                  results: Iterable[Block]) -> tuple[Recording, list[int]] | None:
+                  results: Iterable[Block], in_order: bool = False) -> tuple[Recording, list[int]] | None:
         """What was noted, with operands by their position, and where to find each of the results: k for
         result k of the recording, -1 - k for operand k. None if it cannot be repeated.
 
-        Scalars among the operands are told by identity.
+        Scalars among the operands are told by identity, or, with `in_order`, are all that were recorded.
         """
-        code = None if self.spoiled else _Code(operands)
+        code = None if self.spoiled else _Code(operands, in_order)
         if code is None or not all(code.add(*step) for step in self.steps):
             return None
         places = [code.where.get(int(b)) for b in results]
@@ -200,9 +200,11 @@ def noted_walk(trace: Trace, seen: Survey) -> Replay | None:
 class _Code:
     """The flat entries of a recording: instruction numbers, operands, constants, and outputs, by position."""
 
-    def __init__(self, operands: Sequence[Any]) -> None:
+    def __init__(self, operands: Sequence[Any], in_order: bool) -> None:
         self.where = {int(b): ("block", i) for i, b in enumerate(operands) if isinstance(b, Block)}
-        self.scalars = {id(x): ("scalar", i) for i, x in enumerate(operands) if not isinstance(x, Block)}
+        scalars = [("scalar", i) for i, x in enumerate(operands) if not isinstance(x, Block)]
+        self.next = iter(scalars) if in_order else None
+        self.scalars = {id(operands[i]): (kind, i) for kind, i in scalars}
         self.constants: list[Any] = []
         self.entries: list[tuple[str, int]] = []
         self.made = self.count = 0
@@ -212,7 +214,7 @@ class _Code:
         places = []
         for i, x in enumerate(inputs):
             if not isinstance(x, Block):
-                place = self.scalars.get(id(x))
+                place = self.scalars.get(id(x)) if self.next is None else next(self.next)
                 if place is None:
                     place = ("constant", len(self.constants))
                     self.constants.append(x)

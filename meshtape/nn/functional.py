@@ -45,6 +45,9 @@ from meshtape.runtime.op import broadcast_shapes, integers, lookup, normalize_ax
 from meshtape.scheduler import current
 
 
+LINEAR, RELU, GELU, LAYER_NORM = (lookup(name) for name in ("linear", "relu", "gelu", "layer_norm"))
+
+
 def _t(x: Any) -> Any:
     return x if isinstance(x, Tensor) else as_tensor(x)
 
@@ -67,7 +70,7 @@ def linear(input: Any, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input @ weight.T + bias, over the last dimension: (..., in), (out, in), (out,) give (..., out)."""
     if bias is None:
         return _call("matmul", _t(input), weight, transpose_y=weight.ndim > 1)
-    return _call("linear", _t(input), weight, bias)
+    return apply(LINEAR, (input if isinstance(input, Tensor) else as_tensor(input), weight, bias))
 
 
 def embedding(input: Any, weight: Tensor, padding_idx: int | None = None) -> Tensor:
@@ -166,12 +169,12 @@ def flatten(input: Any, start_dim: int = 0, end_dim: int = -1) -> Tensor:
 
 def relu(input: Any) -> Tensor:
     """max(x, 0)."""
-    return _call("relu", _t(input))
+    return apply(RELU, (input if isinstance(input, Tensor) else as_tensor(input),))
 
 
 def gelu(input: Any, approximate: str = "none") -> Tensor:
     """x Phi(x), Phi the normal distribution; approximate="tanh" for its approximation (arXiv:1606.08415)."""
-    return _call("gelu", _t(input), approximate=approximate)
+    return apply(GELU, (input if isinstance(input, Tensor) else as_tensor(input),), (approximate,))
 
 
 def silu(input: Any) -> Tensor:

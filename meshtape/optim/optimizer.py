@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 
 from meshtape.autograd import Tensor, apply, as_tensor
+from meshtape.autograd.replay import Trace, remember
 from meshtape.autograd.tensor import owner_session
 from meshtape.creation import zeros_like
 from meshtape.gradmode import enable_grad
 from meshtape.runtime.dtypes import is_floating
 from meshtape.runtime.errors import DTypeError, StateError
-from meshtape.runtime.op import lookup
+from meshtape.runtime.op import Op, lookup
 from meshtape.runtime.shards import REPLICATE, Placements, is_partial
 from meshtape.scheduler.interrupt import Whole
 from meshtape.scheduler.layout import Spec
+from meshtape.scheduler.session import Recording
 from meshtape.scheduler.sites import user_site
 
 FULL = lookup("full")
@@ -24,6 +26,7 @@ FULL = lookup("full")
 SPLIT_FROM = 1 << 18
 Group = dict[str, Any]
 State = dict[str, Any]
+UNSEEN: State = {"step": 0}
 
 
 class Optimizer:
@@ -40,6 +43,7 @@ class Optimizer:
     def __init__(self, params: Iterable[Any], defaults: Mapping[str, Any]) -> None:
         self.defaults = dict(defaults)
         self.param_groups: list[Group] = []
+        self._known: dict[Any, tuple[Recording, list[Spec]]] = {}   # updates that can be repeated
         self.state: dict[Tensor, State] = {}
         self._homes: dict[Tensor, tuple[Any, Placements]] = {}  # spec, and where a tensor of it is updated
         given = [params] if isinstance(params, Tensor) else list(params)
@@ -104,18 +108,17 @@ class Optimizer:
         if closure is not None:
             with enable_grad():
                 loss = closure()
-        active = [p for group in self.param_groups for p in group["params"] if p.raw_grad is not None]
-        if not active:
+        work = [(group, params) for group in self.param_groups for params in self._alike(group)]
+        if not work:
             return loss
-        session = owner_session(active[0])
+        session = owner_session(work[0][1][0])
         enabled, site = session.grad_enabled, session.site
         with Whole():       # Ctrl-C does not leave some parameters updated and others not
             try:
                 session.grad_enabled = False
                 session.site = site or user_site()
-                for group in self.param_groups:
-                    for params in self._alike(group):
-                        self.update(group, params)
+                for group, params in work:
+                    self.update(group, params)
             finally:
                 session.grad_enabled, session.site = enabled, site
         session.flush()
@@ -127,8 +130,8 @@ class Optimizer:
         """
         found: dict[Any, list[Tensor]] = {}
         for p in group["params"]:
-            if p.raw_grad is not None:
-                state = self.state.get(p, {"step": 0})
+            if getattr(p, "_grad", None) is not None:
+                state = self.state.get(p, UNSEEN)
                 found.setdefault((state["step"], *state), []).append(p)
         return list(found.values())
 
@@ -165,19 +168,51 @@ class Optimizer:
 
     def run(self, op: str, scalars: tuple[Any, ...], params: list[Tensor], names: tuple[str, ...],
             **attrs: Any) -> None:
-        """Record one multi-tensor update and rebind the parameters and the states `names` to its results."""
+        """Record one multi-tensor update and rebind the parameters and the states `names` to its results.
+
+        What it records for tensors of the same specs is noted once and repeated, with other blocks and
+        scalars.
+        """
         row = lookup(op)
+        packed = row.pack({"n": len(params), **attrs})
+        states = self._states_of(params, names)
+        held = params + [s[name] for name in names for s in states]
+        grads = [p._grad for p in params]
+        operands = [*scalars, *[t.block for t in held], *[g.block for g in grads]]
+        key = (row, packed, *[t.spec for t in held], *[g.spec for g in grads])
+        session, found = owner_session(params[0]), self._known.get(key)
+        if found is None:
+            with Trace(session) as trace:
+                made = self._update(row, packed, scalars, params, held[len(params):])
+            blocks, specs = [t.block for t in made], [t.spec for t in made]
+            noted = trace.recording(operands, blocks, in_order=True)
+            if noted is not None and noted[1] == list(range(len(blocks))):
+                remember(self._known, key, (noted[0], specs))
+        else:
+            recording, specs = found
+            blocks = session.repeat(recording, operands, session.site or user_site())
+        for t, block, spec in zip(held, blocks, specs, strict=True):
+            t.block = block
+            t.spec = spec
+        for state in states:
+            state["step"] += 1
+
+    def _states_of(self, params: list[Tensor], names: tuple[str, ...]) -> list[State]:
+        """The states of parameters that are alike in what they have."""
+        first = self.state.get(params[0])
+        if first is not None and all(name in first for name in names):
+            return [self.state[p] for p in params]
         self._place(params)
-        states = [self.state_of(p, names) for p in params]
-        n = len(params)
+        return [self.state_of(p, names) for p in params]
+
+    def _update(self, row: Op, packed: tuple[Any, ...], scalars: tuple[Any, ...], params: list[Tensor],
+                states: list[Tensor]) -> list[Tensor]:
+        """The updated parameters, each in its own layout, and their states."""
+        self._place(params)
         grads = [self._gradient(p) for p in params]
-        inputs = (*scalars, *params, *grads, *(s[name] for name in names for s in states))
-        outs = apply(row, inputs, row.pack({"n": n, **attrs}))
-        for k, p in enumerate(params):
-            self.rebind(p, outs[k])
-            states[k]["step"] += 1
-            for i, name in enumerate(names):
-                states[k][name] = outs[(i + 1) * n + k]
+        outs = apply(row, (*scalars, *params, *grads, *states), packed)
+        new = [o.to_placements(p.spec.placements) for o, p in zip(outs, params, strict=False)]
+        return [*new, *outs[len(params):]]
 
     def rebind(self, p: Tensor, value: Tensor) -> None:
         """Let the parameter hold `value`, in its own layout; the handle and its place on the tape stay."""
@@ -190,7 +225,7 @@ class Optimizer:
         """{"state": {number: {...}}, "param_groups": [...]}: parameters by number, in order of the groups."""
         number = {id(p): i for i, p in enumerate(p for g in self.param_groups for p in g["params"])}
         numbered = lambda group: {**group, "params": [number[id(p)] for p in group["params"]]}
-        return {"state": {number[id(p)]: dict(s) for p, s in self.state.items() if id(p) in number},
+        return {"state": {number[id(p)]: _snapshot(s) for p, s in self.state.items() if id(p) in number},
                 "param_groups": [numbered(group) for group in self.param_groups]}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -258,6 +293,11 @@ def split_home(spec: Spec, grad: Spec) -> Placements:
             free = [d for d, extent in enumerate(spec.shape) if extent >= n and d not in home]
             home[axis] = free[0] if free else REPLICATE
     return tuple(home)
+
+
+def _snapshot(state: State) -> State:
+    """The state with handles of its own on its tensors: training on does not change what they hold."""
+    return {k: v.detach() if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
 def _state_value(name: str, value: Any, p: Tensor) -> Any:
