@@ -8,6 +8,7 @@ from `weights`, by the names of the state dict, which are the same in both libra
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
@@ -102,6 +103,16 @@ MODELS = {
     "cnn28": Model(cnn, (1, 28, 28), 10, 128, 6),
     "charlm": Model(transformer(64, 4, 64, 65), (64,), 65, 32, 8, words=65),
     "lstm": Model(lstm(64, 128), (50, 64), 10, 64, 8),
+}
+
+# The same programs on operands so small that arithmetic costs next to nothing; the LSTM keeps its 50 steps.
+TINY = {
+    "mlp64": Model(mlp(4, 4, 4, 4), (4,), 4, 2, 200),
+    "mlp784": Model(mlp(4, 4, 4, 4), (4,), 4, 2, 200),
+    "mlpnorm": Model(mlp(4, 4, 4, 4, norm=True), (4,), 4, 2, 200),
+    "cnn28": Model(partial(cnn, size=4), (1, 4, 4), 10, 2, 200),
+    "charlm": Model(transformer(32, 2, 4, 8), (4,), 8, 2, 100, words=8),
+    "lstm": Model(lstm(4, 4), (50, 4), 10, 2, 100),
 }
 
 

@@ -9,21 +9,38 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
+import re
 import socket
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NamedTuple, TextIO
 
 # One thread per worker and per torch process. Set before NumPy is imported anywhere.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
     os.environ[_name] = "1"
 
-Run = Callable[..., Any]
+Run = Callable[..., Any]            # run(n, *args) does n steps and waits for them
 Times = dict[str, list[float]]
+
+
+class Role(NamedTuple):
+    """What a contender's process is to be. `meet` hands something to the other ranks and returns what all
+    handed over, by rank.
+    """
+
+    name: str
+    case: str
+    rank: int
+    port: int
+    meet: Callable[[Any], list[Any]]
 
 
 # --- in the contender's process ---------------------------------------------------------------------------
@@ -35,18 +52,34 @@ def private_output() -> TextIO:
     return channel
 
 
-def serve(build: Callable[[], tuple[Run, dict[str, Any]]]) -> None:
-    """Answer with what the contender says about itself, then for every line [n, *args] run(n, *args) and
-    answer with seconds per step.
+def serve(build: Callable[[Role], tuple[Run, Any]], options: argparse.Namespace) -> None:
+    """Be the contender that `options` name. `build` returns a function and what the contender says about
+    itself; then for every line [n, *args], function(n, *args) is the answer.
     """
     channel = private_output()
-    run, about = build()
-    print(json.dumps(about), file=channel, flush=True)
+
+    def say(message: Any) -> None:
+        print(json.dumps(message), file=channel, flush=True)
+
+    def meet(mine: Any) -> list[Any]:
+        say({"meet": mine})
+        found: list[Any] = json.loads(sys.stdin.readline())
+        return found
+
+    answer, about = build(Role(options.serve, options.case, options.rank, options.port, meet))
+    say({"about": about})
     for line in sys.stdin:
-        n, *args = json.loads(line)
+        say(answer(*json.loads(line)))
+
+
+def timed(run: Run) -> Run:
+    """The same, returning seconds per step."""
+    def measure(n: int, *args: Any) -> float:
         start = time.perf_counter()
         run(n, *args)
-        print(json.dumps((time.perf_counter() - start) / n), file=channel, flush=True)
+        return (time.perf_counter() - start) / n
+
+    return measure
 
 
 def resident(name: str = "VmRSS") -> int:
@@ -75,7 +108,17 @@ class Contender:
                                            stdout=subprocess.PIPE, text=True,
                                            env={**os.environ, **(environment or {})})
                           for rank in range(ranks)]
-        self.about = self.answers()
+        first = self.answers()
+        while "meet" in first[0]:
+            self.tell([answer["meet"] for answer in first])
+            first = self.answers()
+        self.about = [answer["about"] for answer in first]
+
+    def tell(self, message: Any) -> None:
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps(message) + "\n")
+            process.stdin.flush()
 
     def answers(self) -> list[Any]:
         found = []
@@ -89,11 +132,8 @@ class Contender:
         return found
 
     def seconds(self, n: int, *args: Any) -> float:
-        """Seconds per step, of the slowest rank."""
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps([n, *args]) + "\n")
-            process.stdin.flush()
+        """The answer of the slowest rank."""
+        self.tell([n, *args])
         return float(max(self.answers()))
 
     def close(self) -> None:
@@ -102,6 +142,20 @@ class Contender:
             process.stdin.close()
         for process in self.processes:
             process.wait(60)
+
+
+@contextmanager
+def contenders(script: str, case: str,
+               wanted: Mapping[str, tuple[int, Mapping[str, str]]]) -> Iterator[dict[str, Contender]]:
+    """Contenders of a case by name, all started; `wanted` gives each one's ranks and environment."""
+    running: dict[str, Contender] = {}
+    try:
+        for name, (ranks, environment) in wanted.items():
+            running[name] = Contender(script, name, case, ranks, environment)
+        yield running
+    finally:
+        for contender in running.values():
+            contender.close()
 
 
 def take_turns(turns: Mapping[str, Callable[[], float]], rounds: int) -> Times:
@@ -134,10 +188,28 @@ def parser(doc: str | None, cases: Iterable[str], contenders: Iterable[str], rou
     return made
 
 
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("meshtape", "numpy", "ray", "torch", "jax", "dask"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on beside the program."""
+    info = Path("/proc/cpuinfo").read_text()
+    return {"cpu": re.findall(r"model name\s*: (.*)", info)[:1], "cores": os.cpu_count(),
+            "avx512": "avx512f" in info, "linux": platform.release(), "load": os.getloadavg()[0],
+            "OPENBLAS_CORETYPE": os.environ.get("OPENBLAS_CORETYPE"), "date": date.today().isoformat(),
+            "versions": versions()}
+
+
 def write_json(path: Path | None, figures: Any) -> None:
+    """Write the figures with machine and versions, if there is a path."""
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=1) + "\n")
+        path.write_text(json.dumps({"machine": machine(), "figures": figures}, indent=1) + "\n")
 
 
 def row(label: str, cells: Sequence[Any], width: int = 12) -> str:

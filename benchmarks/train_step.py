@@ -12,93 +12,36 @@ that b is faster.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import _runner
 import numpy as np
-from _models import BATCHES, LR, MODELS, Model, batches, weights
+from _models import MODELS, TINY, Model
+from _training import jax_run, meshtape_run, torch_run
 
-CONTENDERS = ("torch", "ddp", "mesh1", "mesh2")
+# name -> (processes, environment). NPROC is how many threads XLA's CPU client computes with.
+CONTENDERS: dict[str, tuple[int, dict[str, str]]] = {
+    "torch": (1, {}),
+    "fused": (1, {}),
+    "compile": (1, {}),
+    "ddp": (2, {}),
+    "jax1": (1, {"JAX_PLATFORMS": "cpu", "NPROC": "1"}),
+    "jax2": (1, {"JAX_PLATFORMS": "cpu", "NPROC": "2",
+                 "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}),
+    "mesh1": (1, {}),
+    "mesh2": (1, {}),
+}
+TWOFOLD = {"ddp", "jax2", "mesh2"}      # contenders with two workers
+USUAL = ("torch", "ddp", "mesh1", "mesh2")
 RATIOS = (("torch", "mesh1"), ("ddp", "mesh2"), ("mesh1", "mesh2"))
 
 
-class Data:
-    """Batches of one rank by factor of the global batch: `get(i, factor)`."""
-
-    def __init__(self, model: Model, rank: int = 0, ranks: int = 1) -> None:
-        self.model, self.rank, self.ranks = model, rank, ranks
-        self.made: dict[int, list[tuple[Any, Any]]] = {1: self.make(1)}
-
-    def make(self, factor: int) -> list[tuple[Any, Any]]:
-        def part(a: Any) -> Any:
-            return a[self.rank * len(a) // self.ranks:(self.rank + 1) * len(a) // self.ranks]
-
-        return [(part(x), part(y)) for x, y in batches(self.model, factor)]
-
-    def get(self, i: int, factor: int) -> tuple[Any, Any]:
-        if factor not in self.made:
-            self.made[factor] = self.make(factor)
-        return self.made[factor][i % BATCHES]
-
-
-# --- contenders: run(n, factor) does n steps, waits for them, and returns the last loss --------------------
-
-def meshtape_steps(model: Model, workers: int) -> tuple[_runner.Run, Any]:
-    import meshtape as mt
-    from meshtape import nn, optim
-
-    if workers > 1:
-        mt.init(workers=workers, threads_per_worker=1)
-    data = Data(model)
-    peak = peak_growth(mt)
-    net = model.build(nn)
-    net.load_state_dict(weights({k: v.shape for k, v in net.state_dict().items()}))
-    opt = optim.AdamW(net.parameters(), lr=LR)
-
-    def run(n: int, factor: int = 1) -> float:
-        for i in range(n):
-            x, y = data.get(i, factor)
-            loss = nn.functional.cross_entropy(net(mt.tensor(x, layout=mt.Shard(0))),
-                                               mt.tensor(y, layout=mt.Shard(0)))
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-        return float(loss.item())
-
-    return run, peak
-
-
-def torch_steps(model: Model, rank: int = 0, ranks: int = 1) -> tuple[_runner.Run, Any]:
-    import torch
-
-    torch.set_num_threads(1)
-    data = Data(model, rank, ranks)
-    peak = peak_growth()
-    net: Any = model.build(torch.nn)
-    made = weights({k: tuple(v.shape) for k, v in net.state_dict().items()})
-    net.load_state_dict({k: torch.from_numpy(v) for k, v in made.items()})
-    if ranks > 1:
-        from torch.nn.parallel import DistributedDataParallel
-        net = DistributedDataParallel(net)
-    opt = torch.optim.AdamW(net.parameters(), lr=LR)
-
-    def run(n: int, factor: int = 1) -> float:
-        for i in range(n):
-            x, y = data.get(i, factor)
-            loss = torch.nn.functional.cross_entropy(net(torch.from_numpy(x)), torch.from_numpy(y))
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-        return float(loss.item())
-
-    return run, peak
-
-
-def peak_growth(mt: Any = None) -> Any:
+def peak_growth(mt: Any = None) -> Callable[[], int]:
     """A function that says by how many bytes the peak memory of a worker has grown since now: this process's,
-    or that of meshtape's worker which grew most.
+    or that of the worker of meshtape's which grew most.
     """
-    if mt is None or mt.current_mesh().size == 1:
+    if mt is None or mt.current_mesh().backend == "inline":
         before = _runner.resident()
         return lambda: _runner.resident("VmHWM") - before
     mt.tensor(np.zeros(2), layout=mt.Shard(0)).numpy()
@@ -106,20 +49,40 @@ def peak_growth(mt: Any = None) -> Any:
     return lambda: max(b - a for a, b in zip(first, mt.stats()["peak_memory"], strict=True))
 
 
-def build(name: str, model: Model, rank: int, port: int) -> tuple[_runner.Run, dict[str, Any]]:
-    """A contender, warm: its losses of the first steps and its memory are what it says about itself."""
-    if name == "ddp":
+def starter(role: _runner.Role) -> tuple[Callable[[Model], _runner.Run], Any]:
+    """What makes a contender's run from a model, after everything has been imported; and meshtape, if it is
+    the contender.
+    """
+    if role.name.startswith("mesh"):
+        import meshtape as mt
+        if role.name != "mesh1":
+            mt.init(workers=int(role.name.removeprefix("mesh")), threads_per_worker=1)
+        return meshtape_run, mt
+    if role.name.startswith("jax"):
+        from _jax_models import FORWARD
+        return lambda model: jax_run(model, FORWARD[role.case]), None
+    if role.name == "ddp":
         import torch.distributed as dist
-        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-        run, peak = torch_steps(model, rank, 2)
-    elif name == "torch":
-        run, peak = torch_steps(model)
-    else:
-        run, peak = meshtape_steps(model, int(name.removeprefix("mesh")))
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{role.port}", rank=role.rank,
+                                world_size=2)
+        return lambda model: torch_run(model, role.rank, 2), None
+    return lambda model: torch_run(model, way=role.name), None
+
+
+def build(role: _runner.Role) -> tuple[_runner.Run, dict[str, Any]]:
+    """A contender, warm: its losses of the first steps and its memory are what it says about itself.
+
+    The memory counts from after some steps of the same model in tiny, which load what loads late.
+    """
+    start, mt = starter(role)
+    if role.name != "compile":
+        start(TINY[role.case])(3)
+    peak = peak_growth(mt)
+    run = start(MODELS[role.case])
     losses = [run(1) for _ in range(3)]
     for _ in range(3):
         run(4)
-    return run, {"losses": losses, "peak": peak()}
+    return _runner.timed(run), {"losses": losses, "peak": peak()}
 
 
 # --- comparing --------------------------------------------------------------------------------------------
@@ -133,26 +96,27 @@ def check_losses(model: str, contenders: dict[str, _runner.Contender]) -> None:
             raise SystemExit(f"{model}: losses of {name} are {found}, those of {first} {expected}")
 
 
-def compare(model: str, names: list[str], rounds: int) -> dict[str, Any]:
-    running: dict[str, _runner.Contender] = {}
-    try:
-        for name in names:
-            running[name] = _runner.Contender(__file__, name, model, 2 if name == "ddp" else 1)
+def compare(model: str, names: list[str], rounds: int, weak: bool) -> dict[str, Any]:
+    """Milliseconds by contender, "NAME 2B" for a batch twice as large, and bytes of memory."""
+    steps = MODELS[model].steps
+    with _runner.contenders(__file__, model, {name: CONTENDERS[name] for name in names}) as running:
         check_losses(model, running)
-        steps = MODELS[model].steps
         turns = {name: (lambda c=c: 1e3 * c.seconds(steps)) for name, c in running.items()}
-        times = _runner.take_turns(turns, rounds)
-        return {"ms": times, "peak": {name: max(a["peak"] for a in c.about) for name, c in running.items()}}
-    finally:
-        for contender in running.values():
-            contender.close()
+        if weak:
+            for name in TWOFOLD & running.keys():
+                c, half = running[name], (steps + 1) // 2
+                c.seconds(4, 2)
+                turns[f"{name} 2B"] = lambda c=c, half=half: 1e3 * c.seconds(half, 2)
+        return {"ms": _runner.take_turns(turns, rounds),
+                "peak": {name: max(a["peak"] for a in c.about) for name, c in running.items()}}
 
 
 def main() -> None:
-    parser = _runner.parser(__doc__, MODELS, CONTENDERS, rounds=11, case="models")
+    parser = _runner.parser(__doc__, MODELS, USUAL, rounds=11, case="models")
+    parser.add_argument("--weak", action="store_true", help="also a batch twice as large, on two workers")
     options = parser.parse_args()
     if options.serve:
-        _runner.serve(lambda: build(options.serve, MODELS[options.case], options.rank, options.port))
+        _runner.serve(build, options)
         return
     names = options.contenders.split(",")
     ratios = [(a, b) for a, b in RATIOS if {a, b} <= set(names)]
@@ -160,10 +124,10 @@ def main() -> None:
     print(_runner.row("ms per step", [*names, *(f"{a}/{b}" for a, b in ratios)]))
     figures = {}
     for model in options.models.split(","):
-        figures[model] = compare(model, names, options.rounds)
+        figures[model] = compare(model, names, options.rounds, options.weak)
         found = _runner.medians(figures[model]["ms"])
-        print(_runner.row(model, [*found.values(), *(f"{found[a] / found[b]:.2f}" for a, b in ratios)]),
-              flush=True)
+        print(_runner.row(model, [*(found[name] for name in names),
+                                  *(f"{found[a] / found[b]:.2f}" for a, b in ratios)]), flush=True)
     _runner.write_json(options.json, figures)
 
 
