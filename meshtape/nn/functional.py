@@ -44,7 +44,6 @@ from meshtape.runtime.errors import DTypeError, ShapeError
 from meshtape.runtime.op import broadcast_shapes, integers, lookup, normalize_axis
 from meshtape.scheduler import current
 
-
 LINEAR, RELU, GELU, LAYER_NORM = (lookup(name) for name in ("linear", "relu", "gelu", "layer_norm"))
 
 
