@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"
 
-AREA = 1024 * 1024
+AREA = 512 * 1024
 MAIL = 128 * 1024
 
 LINE = 16  # in 8-byte words

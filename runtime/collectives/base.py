@@ -20,11 +20,17 @@ class Communicator(ABC):
 
     One thread at a time calls the verbs; abort() may come from any other thread. Wrong arguments raise
     ShapeError or DTypeError before anything is sent.
+
+    `calls` counts the verbs that ended well, `bytes_sent` the payload they moved from this rank to others:
+    2 (n - 1)/n of an all-reduced array, everybody else's parts of a reduce-scatter, the own part n - 1 times
+    in an all-gather, likewise a broadcast at its root.
     """
 
     rank: int
     size: int
     kind: str
+    calls: int
+    bytes_sent: int
 
     @abstractmethod
     def all_reduce(self, x: Array, op: str = "sum", out: Array | None = None) -> Array:
@@ -68,8 +74,8 @@ class Communicator(ABC):
                         out: Sequence[Array] | None = None) -> list[Array]:
         """Whole arrays of `shapes`, of one dtype, from every rank's parts, in one message.
 
-        parts[i] is this rank's part of array i, cut as in reduce_scatter_many; it may lie anywhere but
-        inside `out`. Results are C-contiguous, out[i] if given.
+        parts[i] is this rank's part of array i, cut as in reduce_scatter_many; inside `out` it may lie only
+        where it belongs. Results are C-contiguous, out[i] if given.
         """
 
     @abstractmethod

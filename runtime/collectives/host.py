@@ -11,20 +11,21 @@ import numpy as np
 
 from meshtape.runtime.collectives.base import Array, Communicator
 from meshtape.runtime.collectives.call import encode, verb_of
-from meshtape.runtime.collectives.many import Plan, cut, join, pack, part_ways, unpack
-from meshtape.runtime.collectives.reduction import UFUNCS, HostArray, starts
+from meshtape.runtime.collectives.many import Bands, Plan, cut, cut_by_counts
+from meshtape.runtime.collectives.reduction import UFUNCS, HostArray
 from meshtape.runtime.errors import CommAborted, CommError, DTypeError, ShapeError
 
 _NOTHING = np.dtype(np.uint8)
 _Shapes = tuple[tuple[int, ...], ...]
-# Plans of the *_many verbs that a communicator keeps.
-_PLANS = 256
+# Plans that a communicator keeps.
+_PLANS = 512
 
 
 class HostCommunicator(Communicator):
-    """Turns each verb into one call of a transport's hook, with checked, flat arrays.
+    """Turns each verb into one call of a transport's hook, with checked arrays and complete counts.
 
-    Hooks get the `call` word, 1-D arrays and complete counts, and raise nothing but CommError on purpose.
+    Hooks get the `call` word and raise nothing but CommError on purpose. Reductions and gathers of one array
+    and of many are the same to them; other hooks get 1-D arrays.
     """
 
     def __init__(self, rank: int, size: int, timeout: float) -> None:
@@ -33,53 +34,54 @@ class HostCommunicator(Communicator):
         self.rank = rank
         self.size = size
         self.timeout = timeout
+        self.calls = 0
+        self.bytes_sent = 0
         self._failure: CommError | None = None
         self._closed = False
         self._plans: dict[tuple[Any, ...], Plan] = {}
 
     def all_reduce(self, x: Array, op: str = "sum", out: Array | None = None) -> Array:
-        self._check("all_reduce", x, op)
+        plan = self._plan("all_reduce", (x,), None, None, op)
         out = self._result("all_reduce", x.shape, x.dtype, out)
-        call = encode("all_reduce", op, x.dtype, x.size)
-        self._run(self._all_reduce, call, x.reshape(-1), out.reshape(-1), op)
+        self._run(self._all_reduce, plan.call, plan.sent, plan, (x,), (out,))
         return out
 
     def reduce_scatter(self, x: Array, counts: Sequence[int], op: str = "sum",
                        out: Array | None = None) -> Array:
         self._check("reduce_scatter", x, op)
         counts = self._counts("reduce_scatter", counts, x, sum(counts))
+        plan = self._counted_plan("reduce_scatter", op, x.dtype, counts)
         out = self._result("reduce_scatter", (counts[self.rank],), x.dtype, out)
-        call = encode("reduce_scatter", op, x.dtype, x.size, counts)
-        self._run(self._reduce_scatter, call, x, counts, out, op)
+        self._run(self._reduce_scatter, plan.call, plan.sent, plan, (x,), (out,))
         return out
 
     def all_gather(self, x: Array, counts: Sequence[int], out: Array | None = None) -> Array:
         self._check("all_gather", x)
         counts = self._counts("all_gather", counts, x, None)
-        out = self._result("all_gather", (sum(counts),), x.dtype, out)
-        call = encode("all_gather", "", x.dtype, out.size, counts)
-        self._run(self._all_gather, call, x, counts, out)
+        plan = self._counted_plan("all_gather", "", x.dtype, counts)
+        out = self._result("all_gather", plan.shapes[0], x.dtype, out)
+        self._run(self._all_gather, plan.call, plan.sent, plan, (x,), (out,))
         return out
 
     def all_reduce_many(self, arrays: Sequence[Array], op: str = "sum",
                         out: Sequence[Array] | None = None) -> list[Array]:
         plan = self._plan("all_reduce_many", arrays, None, None, op)
-        outs = self._results(plan, "all_reduce_many", arrays if out is None else out, plan.shapes)
-        self._run(self._all_reduce_many, plan.call, plan, arrays, outs)
+        outs = self._results("all_reduce_many", plan, plan.shapes, arrays if out is None else out)
+        self._run(self._all_reduce, plan.call, plan.sent, plan, arrays, outs)
         return outs
 
     def reduce_scatter_many(self, arrays: Sequence[Array], dims: Sequence[int], op: str = "sum",
                             out: Sequence[Array] | None = None) -> list[Array]:
-        plan = self._plan("reduce_scatter_many", arrays, dims, None, op)
-        outs = self._results(plan, "reduce_scatter_many", out, plan.mine)
-        self._run(self._reduce_scatter_many, plan.call, plan, arrays, outs)
+        plan = self._plan("reduce_scatter_many", arrays, tuple(dims), None, op)
+        outs = self._results("reduce_scatter_many", plan, plan.mine, out)
+        self._run(self._reduce_scatter, plan.call, plan.sent, plan, arrays, outs)
         return outs
 
     def all_gather_many(self, parts: Sequence[Array], dims: Sequence[int], shapes: Sequence[tuple[int, ...]],
                         out: Sequence[Array] | None = None) -> list[Array]:
-        plan = self._plan("all_gather_many", parts, dims, shapes, "")
-        outs = self._results(plan, "all_gather_many", out, plan.shapes)
-        self._run(self._all_gather_many, plan.call, plan, parts, outs)
+        plan = self._plan("all_gather_many", parts, tuple(dims), tuple(shapes), "")
+        outs = self._results("all_gather_many", plan, plan.shapes, out)
+        self._run(self._all_gather, plan.call, plan.sent, plan, parts, outs)
         return outs
 
     def all_to_all(self, x: Array, send_counts: Sequence[int], recv_counts: Sequence[int],
@@ -93,7 +95,8 @@ class HostCommunicator(Communicator):
         out = self._result("all_to_all", (sum(recv),), x.dtype, out)
         if np.may_share_memory(x, out):
             raise ShapeError("all_to_all: out overlaps x; give it memory of its own")
-        self._run(self._all_to_all, encode("all_to_all", "", x.dtype, 0), x, send, recv, out)
+        sent = (x.size - send[self.rank]) * x.itemsize
+        self._run(self._all_to_all, encode("all_to_all", "", x.dtype, 0), sent, x, send, recv, out)
         return out
 
     def broadcast(self, x: Array, root: int, out: Array | None = None) -> Array:
@@ -104,22 +107,23 @@ class HostCommunicator(Communicator):
         call = encode("broadcast", "", x.dtype, x.size, (root,))
         if root == self.rank and out is not x:
             np.copyto(out, x)
-        self._run(self._broadcast, call, out.reshape(-1), root)
+        sent = x.nbytes * (self.size - 1) if root == self.rank else 0
+        self._run(self._broadcast, call, sent, out.reshape(-1), root)
         return out
 
     def send(self, x: Array, dst: int) -> None:
         self._check("send", x)
         self._peer("send", dst)
-        self._run(self._send, encode("send", "", x.dtype, x.size), x.reshape(-1), dst)
+        self._run(self._send, encode("send", "", x.dtype, x.size), x.nbytes, x.reshape(-1), dst)
 
     def recv(self, out: Array, src: int) -> Array:
         self._check_out("recv", out)
         self._peer("recv", src)
-        self._run(self._recv, encode("send", "", out.dtype, out.size), out.reshape(-1), src)
+        self._run(self._recv, encode("send", "", out.dtype, out.size), 0, out.reshape(-1), src)
         return out
 
     def barrier(self) -> None:
-        self._run(self._barrier, encode("barrier", "", _NOTHING, 0))
+        self._run(self._barrier, encode("barrier", "", _NOTHING, 0), 0)
 
     def abort(self, reason: str) -> None:
         self._failure = self._failure or CommAborted(reason)
@@ -132,10 +136,13 @@ class HostCommunicator(Communicator):
             self._failure = self._failure or CommError(f"rank {self.rank}: this communicator was closed")
             self._close()
 
-    def _run(self, hook: Callable[..., None], call: int, *args: Any) -> None:
-        self._raise_failure()
+    def _run(self, hook: Callable[..., None], call: int, sent: int, *args: Any) -> None:
+        if self._failure is not None:
+            self._raise_failure()
         try:
             hook(call, *args)
+            self.calls += 1
+            self.bytes_sent += sent
         except CommError as error:
             self._failure = self._failure or error
             if type(error) is CommError:
@@ -186,20 +193,15 @@ class HostCommunicator(Communicator):
                              f"{self.rank}; pass a 1-D array of that many elements")
         return counts
 
-    def _plan(self, verb: str, arrays: Sequence[Array], dims: Sequence[int] | None,
-              wholes: Sequence[tuple[int, ...]] | None, op: str) -> Plan:
-        """The plan of a call whose arrays are what they should be."""
+    def _plan(self, verb: str, arrays: Sequence[Array], dims: tuple[int, ...] | None,
+              wholes: _Shapes | None, op: str) -> Plan:
+        """The plan of a call with these arrays, once they are checked."""
         for x in arrays:
             if type(x) is not np.ndarray or not x.flags.c_contiguous:
                 self._check(verb, x)
-        key = (verb, op, tuple([x.dtype for x in arrays]), tuple([x.shape for x in arrays]),
-               None if dims is None else tuple(dims), None if wholes is None else tuple(wholes))
+        key = (verb, op, tuple([x.dtype for x in arrays]), tuple([x.shape for x in arrays]), dims, wholes)
         plan = self._plans.get(key)
-        if plan is None:
-            if len(self._plans) >= _PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = self._new_plan(*key)
-        return plan
+        return self._remember(key, self._new_plan(*key)) if plan is None else plan
 
     def _new_plan(self, verb: str, op: str, dtypes: tuple[np.dtype[Any], ...], shapes: _Shapes,
                   dims: tuple[int, ...] | None, wholes: _Shapes | None) -> Plan:
@@ -213,22 +215,49 @@ class HostCommunicator(Communicator):
             raise ShapeError(f"{verb}: got {len(shapes)} arrays, {len(dims or ())} dims and {len(whole)} "
                              "shapes; pass as many of each")
         bands = () if dims is None else cut(whole, dims, self.size)
-        plan = Plan(encode(verb, op, dtypes[0], sum(map(prod, whole)), (whole, dims)), op, dtypes[0], whole,
-                    bands, tuple(sum(b.size for b in row) for row in bands),
-                    tuple(b.shape for b in bands[self.rank]) if bands else ())
+        # Of a single array only the elements count.
+        detail = () if verb == "all_reduce" else (whole, dims)
+        plan = self._planned(verb, op, dtypes[0], whole, bands, detail)
         if wholes is not None and shapes != plan.mine:
             raise ShapeError(f"{verb}: rank {self.rank} of {self.size} gave parts of shapes {list(shapes)}; "
                              f"its parts of {list(whole)} along {list(dims or ())} are {list(plan.mine)}")
         return plan
 
-    def _results(self, plan: Plan, verb: str, out: Sequence[Array] | None, shapes: _Shapes) -> list[Array]:
+    def _counted_plan(self, verb: str, op: str, dtype: np.dtype[Any], counts: tuple[int, ...]) -> Plan:
+        """The plan of a call with a 1-D array that is cut by counts."""
+        key = (verb, op, dtype, counts)
+        plan = self._plans.get(key)
+        if plan is None:
+            bands = cut_by_counts(counts)
+            plan = self._remember(key, self._planned(verb, op, dtype, ((sum(counts),),), bands, counts))
+        return plan
+
+    def _planned(self, verb: str, op: str, dtype: np.dtype[Any], shapes: _Shapes, bands: tuple[Bands, ...],
+                 detail: tuple[Any, ...]) -> Plan:
+        total = sum(map(prod, shapes))
+        counts = tuple(sum(band.size for band in row) for row in bands)
+        if not bands:
+            sent = 2 * (self.size - 1) * total // self.size
+        elif verb in ("all_gather", "all_gather_many"):
+            sent = (self.size - 1) * counts[self.rank]
+        else:
+            sent = total - counts[self.rank]
+        return Plan(encode(verb, op, dtype, total, detail), op, dtype, shapes, bands, counts,
+                    tuple(band.shape for band in bands[self.rank]) if bands else (), sent * dtype.itemsize)
+
+    def _remember(self, key: tuple[Any, ...], plan: Plan) -> Plan:
+        if len(self._plans) >= _PLANS:
+            self._plans.clear()
+        self._plans[key] = plan
+        return plan
+
+    def _results(self, verb: str, plan: Plan, shapes: _Shapes, out: Sequence[Array] | None) -> list[Array]:
         if out is None:
             return [np.empty(shape, plan.dtype) for shape in shapes]
         if len(out) != len(shapes):
-            raise ShapeError(f"{verb}: got {len(out)} arrays for {len(shapes)} results")
+            raise ShapeError(f"{verb}: got {len(out)} arrays for {len(shapes)} results; pass one for each")
         for x, shape in zip(out, shapes, strict=True):
-            if (type(x) is not np.ndarray or x.shape != shape or x.dtype != plan.dtype
-                    or not x.flags.carray):
+            if type(x) is not np.ndarray or x.shape != shape or x.dtype != plan.dtype or not x.flags.carray:
                 self._result(verb, shape, plan.dtype, x)
         return list(out)
 
@@ -238,33 +267,16 @@ class HostCommunicator(Communicator):
                              f"{self.rank}")
 
     @abstractmethod
-    def _all_reduce(self, call: int, x: HostArray, out: HostArray, op: str) -> None: ...
+    def _all_reduce(self, call: int, plan: Plan, arrays: Sequence[HostArray],
+                    outs: Sequence[HostArray]) -> None: ...
 
     @abstractmethod
-    def _reduce_scatter(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray,
-                        op: str) -> None: ...
+    def _reduce_scatter(self, call: int, plan: Plan, arrays: Sequence[HostArray],
+                        outs: Sequence[HostArray]) -> None: ...
 
     @abstractmethod
-    def _all_gather(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray) -> None: ...
-
-    def _all_reduce_many(self, call: int, plan: Plan, arrays: Sequence[HostArray],
-                         outs: Sequence[HostArray]) -> None:
-        flat = join(plan, arrays)
-        self._all_reduce(call, flat, flat, plan.op)
-        part_ways(flat, outs)
-
-    def _reduce_scatter_many(self, call: int, plan: Plan, arrays: Sequence[HostArray],
-                             outs: Sequence[HostArray]) -> None:
-        flat, at = pack(plan, arrays), starts(plan.counts)
-        mine = flat[at[self.rank]:at[self.rank + 1]]
-        self._reduce_scatter(call, flat, plan.counts, mine, plan.op)
-        part_ways(mine, outs)
-
-    def _all_gather_many(self, call: int, plan: Plan, parts: Sequence[HostArray],
-                         outs: Sequence[HostArray]) -> None:
-        flat = np.empty(plan.total, plan.dtype)
-        self._all_gather(call, join(plan, parts), plan.counts, flat)
-        unpack(plan, flat, outs)
+    def _all_gather(self, call: int, plan: Plan, arrays: Sequence[HostArray],
+                    outs: Sequence[HostArray]) -> None: ...
 
     @abstractmethod
     def _all_to_all(self, call: int, x: HostArray, send: tuple[int, ...], recv: tuple[int, ...],
@@ -297,15 +309,11 @@ class SelfCommunicator(HostCommunicator):
     def __init__(self) -> None:
         super().__init__(rank=0, size=1, timeout=0.0)
 
-    def _all_reduce(self, call: int, x: HostArray, out: HostArray, op: str) -> None:
-        np.copyto(out, x)
+    def _copy(self, call: int, plan: Plan, arrays: Sequence[HostArray], outs: Sequence[HostArray]) -> None:
+        for x, out in zip(arrays, outs, strict=True):
+            np.copyto(out, x)
 
-    def _reduce_scatter(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray,
-                        op: str) -> None:
-        np.copyto(out, x)
-
-    def _all_gather(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray) -> None:
-        np.copyto(out, x)
+    _all_reduce = _reduce_scatter = _all_gather = _copy
 
     def _all_to_all(self, call: int, x: HostArray, send: tuple[int, ...], recv: tuple[int, ...],
                     out: HostArray) -> None:

@@ -1,111 +1,96 @@
-"""Several arrays in one message: how each is cut into one part per rank, and the packing that needs no more.
+"""Several arrays in one message: how each is cut into one part per rank.
 
 An array of shape (..., extent, ...) that is cut along that dimension is a matrix of `rows` rows, a row being
-`extent` times what lies behind it; a rank's part is a band of columns. A message to a rank holds its parts of
-all arrays, each in C order, one behind the other.
+`extent` times what lies behind it; a rank's part is a *band* of columns. The message to a rank holds its
+parts of all arrays, each in C order, one behind the other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from itertools import accumulate
 from math import prod
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from meshtape.runtime.collectives.reduction import HostArray
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.shards import Shape, split_sizes
 
+Key = tuple[slice, ...]
+
 
 class Band(NamedTuple):
-    """One rank's part of one array: columns start:stop of the array as a matrix of `rows` by `columns`."""
+    """Columns start:stop of an array of `rows` rows and `columns` columns.
+
+    `shape` is that of the part; `key` picks it from the array as it is, None if it is no box of the array.
+    """
 
     rows: int
     columns: int
     start: int
     stop: int
     shape: Shape
+    key: Key | None
+
+    @property
+    def width(self) -> int:
+        return self.stop - self.start
 
     @property
     def size(self) -> int:
-        return self.rows * (self.stop - self.start)
-
-    def of(self, x: HostArray) -> HostArray:
-        """This part of the whole array `x`, as a matrix view."""
-        view: HostArray = x.reshape(self.rows, self.columns)[:, self.start:self.stop]
-        return view
+        return self.rows * self.width
 
 
-class Plan(NamedTuple):
-    """A call of one of the *_many verbs, as far as its shapes say: made once, kept by the communicator.
+Bands = tuple[Band, ...]
 
-    bands[r][i] is rank r's part of array i, counts[r] the elements of rank r's parts together, `mine` the
-    shapes of this rank's parts; all empty for all_reduce_many.
+
+@dataclass(eq=False, slots=True)
+class Plan:
+    """A collective of one or several arrays, as far as shapes say: made once, kept by the communicator.
+
+    bands[r][i] is rank r's part of array i and counts[r] the elements of rank r's parts together; both are
+    empty for an all-reduce. `mine` are the shapes of this rank's parts, `sent` the payload bytes that it
+    moves to its peers, and `scripts` what a transport wants to remember.
     """
 
     call: int
     op: str
     dtype: np.dtype[Any]
     shapes: tuple[Shape, ...]
-    bands: tuple[tuple[Band, ...], ...]
-    counts: tuple[int, ...]
-    mine: tuple[Shape, ...]
+    bands: tuple[Bands, ...] = ()
+    counts: tuple[int, ...] = ()
+    mine: tuple[Shape, ...] = ()
+    sent: int = 0
+    scripts: dict[int, Any] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         return sum(map(prod, self.shapes))
 
 
-def cut(shapes: Sequence[Shape], dims: Sequence[int], size: int) -> tuple[tuple[Band, ...], ...]:
+def cut(shapes: Sequence[Shape], dims: Sequence[int], size: int) -> tuple[Bands, ...]:
     """Part r of every array, for every rank r of `size`; raises ShapeError where a dimension is not there."""
-    by_array = [_bands(shape, dim, size) for shape, dim in zip(shapes, dims, strict=True)]
+    by_array = [_cut_one(shape, dim, size) for shape, dim in zip(shapes, dims, strict=True)]
     return tuple(zip(*by_array, strict=True))
 
 
-def _bands(shape: Shape, dim: int, size: int) -> list[Band]:
+def _cut_one(shape: Shape, dim: int, size: int) -> list[Band]:
     if not 0 <= dim < len(shape):
-        raise ShapeError(f"an array of shape {shape} cannot be cut along dimension {dim}; use 0 to "
-                         f"{len(shape) - 1}")
-    rows, behind, start, out = prod(shape[:dim]), prod(shape[dim + 1:]), 0, []
+        raise ShapeError(f"an array of shape {shape} cannot be cut along dimension {dim}; use a dimension "
+                         "that it has, counted from 0")
+    rows, behind, at, out = prod(shape[:dim]), prod(shape[dim + 1:]), 0, []
     for extent in split_sizes(shape[dim], size):
-        stop = start + extent * behind
-        out.append(Band(rows, shape[dim] * behind, start, stop, (*shape[:dim], extent, *shape[dim + 1:])))
-        start = stop
+        key = (*[slice(None)] * dim, slice(at, at + extent))
+        part = (*shape[:dim], extent, *shape[dim + 1:])
+        out.append(Band(rows, shape[dim] * behind, at * behind, (at + extent) * behind, part, key))
+        at += extent
     return out
 
 
-def pack(plan: Plan, arrays: Sequence[HostArray]) -> HostArray:
-    """The messages to all ranks, in rank order, in one flat array."""
-    flat, at = np.empty(plan.total, plan.dtype), 0
-    for bands in plan.bands:
-        for x, band in zip(arrays, bands, strict=True):
-            view = band.of(x)
-            flat[at:at + band.size].reshape(view.shape)[...] = view
-            at += band.size
-    return flat
-
-
-def unpack(plan: Plan, flat: HostArray, outs: Sequence[HostArray]) -> None:
-    """The inverse of pack."""
-    at = 0
-    for bands in plan.bands:
-        for out, band in zip(outs, bands, strict=True):
-            view = band.of(out)
-            view[...] = flat[at:at + band.size].reshape(view.shape)
-            at += band.size
-
-
-def join(plan: Plan, arrays: Sequence[HostArray]) -> HostArray:
-    """Whole arrays end to end, in one flat array."""
-    flat: HostArray = np.empty(sum(x.size for x in arrays), plan.dtype)
-    np.concatenate(arrays, axis=None, out=flat)
-    return flat
-
-
-def part_ways(flat: HostArray, outs: Sequence[HostArray]) -> None:
-    """The inverse of join."""
-    ends = accumulate(out.size for out in outs)
-    for out, end in zip(outs, ends, strict=True):
-        out.reshape(-1)[...] = flat[end - out.size:end]
+def cut_by_counts(counts: Sequence[int]) -> tuple[Bands, ...]:
+    """The parts of one 1-D array, counts[r] elements for rank r."""
+    total, ends = sum(counts), accumulate(counts)
+    return tuple((Band(1, total, end - n, end, (n,), (slice(end - n, end),)),)
+                 for n, end in zip(counts, ends, strict=True))

@@ -24,29 +24,43 @@ def accumulator(dtype: np.dtype[Any], op: str) -> np.dtype[Any]:
 
 
 def reduce_into(out: HostArray, parts: Sequence[HostArray], op: str) -> None:
-    """out = parts[0] op parts[1] op ..., left to right; all 1-D and equally long.
+    """out = parts[0] op parts[1] op ..., left to right; all of one shape.
 
     `out` may be the very memory of one of the parts.
     """
     if len(parts) == 1:
         np.copyto(out, parts[0])
         return
-    ufunc = complex_product if op == "prod" and out.dtype.kind == "c" else UFUNCS[op]
-    wide = accumulator(out.dtype, op)
     # Overflow to infinity is the caller's result, never a warning: one raised as an error would stop this
     # rank alone and leave the others waiting.
     with np.errstate(all="ignore"):
-        if len(parts) == 2 and wide == out.dtype:
+        ufunc = direct(out.dtype, op) if len(parts) == 2 else None
+        if ufunc is not None:
             ufunc(parts[0], parts[1], out=out)
-            return
-        room = np.empty(min(BLOCK, out.size), wide)
-        for start in range(0, out.size, BLOCK):
-            block = slice(start, min(start + BLOCK, out.size))
-            total = room[:block.stop - start]
-            ufunc(parts[0][block], parts[1][block], out=total, dtype=wide)
-            for part in parts[2:]:
-                ufunc(total, part[block], out=total, dtype=wide)
-            np.copyto(out[block], total, casting="unsafe")
+        else:
+            _accumulate(out, parts, op)
+
+
+def direct(dtype: np.dtype[Any], op: str) -> Any:
+    """The ufunc that reduces two arrays in one step, or None if it takes more."""
+    one_step = accumulator(dtype, op) == dtype and not (op == "prod" and dtype.kind == "c")
+    return UFUNCS[op] if one_step else None
+
+
+def _accumulate(out: HostArray, parts: Sequence[HostArray], op: str) -> None:
+    ufunc = complex_product if op == "prod" and out.dtype.kind == "c" else UFUNCS[op]
+    wide = accumulator(out.dtype, op)
+    if out.ndim != 1 and all(x.flags.c_contiguous for x in (out, *parts)):
+        out, parts = out.reshape(-1), [part.reshape(-1) for part in parts]
+    step = BLOCK if out.ndim == 1 else max(1, len(out))
+    room = np.empty((min(step, len(out)), *out.shape[1:]), wide)
+    for start in range(0, len(out), step):
+        block = slice(start, min(start + step, len(out)))
+        total = room[:block.stop - start]
+        ufunc(parts[0][block], parts[1][block], out=total, dtype=wide)
+        for part in parts[2:]:
+            ufunc(total, part[block], out=total, dtype=wide)
+        np.copyto(out[block], total, casting="unsafe")
 
 
 def complex_product(a: HostArray, b: HostArray, out: HostArray | None = None,

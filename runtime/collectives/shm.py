@@ -5,15 +5,20 @@ all peers have posted theirs, and reads from their areas. Areas come in pairs, u
 rank that writes for turn t has seen all peers post t - 1, which they do after reading what was there since
 t - 2. So one post and one wait per turn are all the synchronisation there is.
 
-Small arrays take one turn: everyone writes all of it and reduces everything. Large ones are cut into chunks,
-one for each rank to reduce, and these into pieces that fit an area divided by the ranks; a turn carries piece
-j to the ranks that reduce it and the reduced piece j - 1 back to everyone.
+Which piece of which array goes where in which turn depends on shapes alone: it is written down once, as a
+script (turns.py), and replayed. Arrays are copied straight into areas and reduced straight out of them. What
+is small, or shared by two ranks, is all-reduced by letting everyone read and reduce everything; otherwise
+each rank reduces a share, and the shares are gathered.
 """
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -21,17 +26,19 @@ from meshtape.runtime.collectives.arena import AREA, CALLS, MAIL, TURN, Arena
 from meshtape.runtime.collectives.call import describe, mismatch, uneven
 from meshtape.runtime.collectives.host import HostCommunicator
 from meshtape.runtime.collectives.links import Links
-from meshtape.runtime.collectives.reduction import HostArray, reduce_into, starts
+from meshtape.runtime.collectives.many import Plan
+from meshtape.runtime.collectives.reduction import HostArray, direct, reduce_into, starts
+from meshtape.runtime.collectives.turns import Script, Stage, Turn, exchange, gather, scatter, shares
 from meshtape.runtime.errors import CommTimeout
-from meshtape.runtime.shards import split_sizes
+from meshtape.runtime.shards import Shape
 
-# Up to this many bytes, reading everybody's whole array is faster than a second turn.
+# Up to this many bytes, reading everybody's whole arrays is faster than more turns. Two ranks read the same
+# amount either way.
 ONE_TURN = 64 * 1024
 # Polls of a counter before the processor is offered to others, such offers before sleeping.
 SPINS, YIELDS = 150, 20
 # The first sleeps are short, since a wake-up can be missed; later ones spare the processor.
 SHORT_SLEEP, SHORT_SLEEPS, LONG_SLEEP = 0.001, 50, 0.005
-_REMEMBERED = 512
 
 
 class ShmCommunicator(HostCommunicator):
@@ -54,9 +61,6 @@ class ShmCommunicator(HostCommunicator):
         self._mailed: dict[tuple[int, int], int] = {}
         self._spins, self._yields = (0, 0) if crowded else (SPINS, YIELDS)
         self._areas = [[arena.area(r, parity) for r in range(size)] for parity in (0, 1)]
-        self._small: dict[tuple[int, int], list[HostArray]] = {}
-        # Room for a piece, cut so that pieces of every dtype stay aligned.
-        self._room = AREA // size // 64 * 64
 
     # -- turns
 
@@ -65,11 +69,17 @@ class ShmCommunicator(HostCommunicator):
 
     def _take_turn(self, call: int) -> None:
         """Publish this rank's area and wait until all peers have published theirs."""
-        words = self._words
+        self._post(call)
+        self._await(call)
+
+    def _post(self, call: int) -> None:
         self._turn = turn = self._turn + 1
-        note = CALLS + (turn & 1)
-        words[self._line + note] = call
+        self._words[self._line + CALLS + (turn & 1)] = call
         self._arena.post(self._line, turn)
+
+    def _await(self, call: int) -> None:
+        words, turn = self._words, self._turn
+        note = CALLS + (turn & 1)
         for peer, line in self._peers:
             if words[line] < turn:
                 self._wait(line, turn, call)
@@ -114,89 +124,84 @@ class ShmCommunicator(HostCommunicator):
             self._links.read_news()
             self._links.raise_news([])
 
-    # -- verbs
+    # -- verbs that play scripts
 
-    def _all_reduce(self, call: int, x: HostArray, out: HostArray, op: str) -> None:
+    def _all_reduce(self, call: int, plan: Plan, arrays: Sequence[HostArray],
+                    outs: Sequence[HostArray]) -> None:
         self._enter()
-        if x.nbytes > ONE_TURN:
-            self._all_reduce_pieces(call, x, out, op)
+        first, *rest = self._scripts(plan, _reducing)
+        self._play(call, plan, first, arrays, outs)
+        for script in rest:
+            self._play(call, plan, script, outs, outs)
+
+    def _reduce_scatter(self, call: int, plan: Plan, arrays: Sequence[HostArray],
+                        outs: Sequence[HostArray]) -> None:
+        self._enter()
+        self._play(call, plan, self._scripts(plan, _scattering)[0], arrays, outs)
+
+    def _all_gather(self, call: int, plan: Plan, arrays: Sequence[HostArray],
+                    outs: Sequence[HostArray]) -> None:
+        self._enter()
+        self._play(call, plan, self._scripts(plan, _gathering)[0], arrays, outs)
+
+    def _scripts(self, plan: Plan, write: Callable[[Stage, Plan, int], list[Script]]) -> list[Script]:
+        """The plan's scripts for areas that begin at the next turn's parity."""
+        first = self._turn + 1 & 1
+        scripts: list[Script] | None = plan.scripts.get(first)
+        if scripts is None:
+            view = partial(self._view, {}, plan.dtype)
+            stage = Stage(self.rank, self.size, AREA, plan.dtype.itemsize, view)
+            scripts = plan.scripts[first] = write(stage, plan, first)
+        return scripts
+
+    def _view(self, known: dict[tuple[int, int, int, Shape], HostArray], dtype: np.dtype[Any],
+              rank: int, turn: int, start: int, shape: Shape) -> HostArray:
+        """An array in an area; the same object for the same place, since turns of a script resemble."""
+        key = (rank, turn & 1, start, shape)
+        if key not in known:
+            area = self._areas[turn & 1][rank]
+            known[key] = area[start:start + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        return known[key]
+
+    def _play(self, call: int, plan: Plan, script: Script, given: Sequence[HostArray],
+              outs: Sequence[HostArray]) -> None:
+        if script.given is not None:
+            given = [x if form is None else x.reshape(form)
+                     for x, form in zip(given, script.given, strict=True)]
+        if script.outs is not None:
+            outs = [x if form is None else x.reshape(form) for x, form in zip(outs, script.outs, strict=True)]
+        own = script.own
+        for turn in script.turns:
+            for i, key, room in turn.puts:
+                room[...] = given[i] if key is None else given[i][key]
+            self._post(call)
+            for i, key in own:
+                outs[i][... if key is None else key] = given[i]
+            own = ()
+            self._await(call)
+            if turn.reductions:
+                self._reduce(plan, turn, given, outs)
+            for i, key, room in turn.takes:
+                outs[i][... if key is None else key] = room
+
+    def _reduce(self, plan: Plan, turn: Turn, given: Sequence[HostArray], outs: Sequence[HostArray]) -> None:
+        ufunc = direct(plan.dtype, plan.op) if self.size == 2 else None
+        if ufunc is None:
+            for i, key, rooms, to in turn.reductions:
+                mine = given[i] if key is None else given[i][key]
+                out = outs[i] if to is None else outs[i][to]
+                reduce_into(out, [mine if room is None else room for room in rooms], plan.op)
             return
-        parts = self._small_parts(call, x)
-        np.copyto(parts[self.rank], x)
-        self._take_turn(call)
-        reduce_into(out, parts, op)
+        with np.errstate(all="ignore"):
+            for i, key, (first, second), to in turn.reductions:
+                mine = given[i] if key is None else given[i][key]
+                out = outs[i] if to is None else outs[i][to]
+                if first is None:
+                    ufunc(mine, second, out=out)
+                else:
+                    ufunc(first, mine, out=out)
 
-    def _small_parts(self, call: int, x: HostArray) -> list[HostArray]:
-        """Every rank's array of the next turn, as views made once for each kind of call."""
-        key = (call, self._turn & 1)
-        parts = self._small.get(key)
-        if parts is None:
-            if len(self._small) >= _REMEMBERED:
-                self._small.clear()
-            parts = [area[:x.nbytes].view(x.dtype) for area in self._areas_of_next_turn()]
-            self._small[key] = parts
-        return parts
-
-    def _all_reduce_pieces(self, call: int, x: HostArray, out: HostArray, op: str) -> None:
-        me, step = self.rank, self._room // x.itemsize
-        at = starts(split_sizes(x.size, self.size))
-        turns = -(-(at[1] - at[0]) // step)
-        incoming = self._areas_of_next_turn()
-        for j in range(turns + 1):
-            areas = self._areas_of_next_turn()
-            if j < turns:
-                for peer, _ in self._peers:
-                    self._write(areas[me], peer, x[_piece(at, peer, j, step)])
-            if j > 0:
-                mine = _piece(at, me, j - 1, step)
-                parts = self._parts(incoming, x[mine])
-                result = self._read(areas[me], me, x[mine])
-                reduce_into(result, parts, op)
-                np.copyto(out[mine], result)
-            self._take_turn(call)
-            incoming = areas
-            if j > 0:
-                for peer, _ in self._peers:
-                    theirs = out[_piece(at, peer, j - 1, step)]
-                    np.copyto(theirs, self._read(areas[peer], peer, theirs))
-
-    def _parts(self, areas: list[HostArray], mine: HostArray) -> list[HostArray]:
-        """The pieces that this rank reduces, in rank order; its own never left its array."""
-        return [mine if r == self.rank else self._read(areas[r], self.rank, mine) for r in range(self.size)]
-
-    def _write(self, area: HostArray, slot: int, piece: HostArray) -> None:
-        np.copyto(self._read(area, slot, piece), piece)
-
-    def _read(self, area: HostArray, slot: int, like: HostArray) -> HostArray:
-        """The piece in a slot of an area, as long as `like` and of its dtype."""
-        start = slot * self._room
-        view: HostArray = area[start:start + like.nbytes].view(like.dtype)
-        return view
-
-    def _reduce_scatter(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray,
-                        op: str) -> None:
-        self._enter()
-        me, step, at = self.rank, self._room // x.itemsize, starts(counts)
-        for j in range(max(1, -(-max(counts) // step))):
-            areas = self._areas_of_next_turn()
-            for peer, _ in self._peers:
-                self._write(areas[me], peer, x[_piece(at, peer, j, step)])
-            self._take_turn(call)
-            mine = x[_piece(at, me, j, step)]
-            reduce_into(out[j * step:j * step + mine.size], self._parts(areas, mine), op)
-
-    def _all_gather(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray) -> None:
-        self._enter()
-        me, step, at = self.rank, AREA // x.itemsize, starts(counts)
-        np.copyto(out[at[me]:at[me + 1]], x)
-        for j in range(max(1, -(-max(counts) // step))):
-            areas = self._areas_of_next_turn()
-            mine = x[j * step:(j + 1) * step]
-            np.copyto(areas[me][:mine.nbytes].view(x.dtype), mine)
-            self._take_turn(call)
-            for peer, _ in self._peers:
-                theirs = out[_piece(at, peer, j, step)]
-                np.copyto(theirs, areas[peer][:theirs.nbytes].view(x.dtype))
+    # -- other verbs
 
     def _all_to_all(self, call: int, x: HostArray, send: tuple[int, ...], recv: tuple[int, ...],
                     out: HostArray) -> None:
@@ -282,6 +287,22 @@ class ShmCommunicator(HostCommunicator):
 
     def _close(self) -> None:
         self._links.close()
+
+
+def _reducing(stage: Stage, plan: Plan, first: int) -> list[Script]:
+    if stage.size == 2 or plan.total * plan.dtype.itemsize <= ONE_TURN:
+        return [exchange(stage, plan.shapes, first)]
+    bands = shares(plan.shapes, stage.size)
+    scattering = scatter(stage, bands, first, whole=True)
+    return [scattering, gather(stage, bands, first + len(scattering.turns), whole=True)]
+
+
+def _scattering(stage: Stage, plan: Plan, first: int) -> list[Script]:
+    return [scatter(stage, plan.bands, first)]
+
+
+def _gathering(stage: Stage, plan: Plan, first: int) -> list[Script]:
+    return [gather(stage, plan.bands, first)]
 
 
 def _piece(at: list[int], chunk: int, j: int, step: int) -> slice:

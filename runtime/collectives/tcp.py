@@ -22,8 +22,8 @@ from itertools import islice
 import numpy as np
 
 from meshtape.runtime.collectives.call import describe, mismatch, uneven, verb_of
-from meshtape.runtime.collectives.host import HostCommunicator
 from meshtape.runtime.collectives.links import Links
+from meshtape.runtime.collectives.packing import PackingCommunicator
 from meshtape.runtime.collectives.reduction import HostArray, chunks, reduce_into
 from meshtape.runtime.errors import CommError, CommTimeout, PeerLost
 from meshtape.runtime.shards import split_sizes
@@ -53,7 +53,7 @@ class _Inbound:
         self.in_head = True
 
 
-class TcpCommunicator(HostCommunicator):
+class TcpCommunicator(PackingCommunicator):
     """One rank of a group; `data` and `links` map every other rank to a connected socket."""
 
     kind = "tcp"
@@ -198,7 +198,7 @@ class TcpCommunicator(HostCommunicator):
 
     # -- verbs
 
-    def _all_reduce(self, call: int, x: HostArray, out: HostArray, op: str) -> None:
+    def _all_reduce_flat(self, call: int, x: HostArray, out: HostArray, op: str) -> None:
         self._enter()
         if x.nbytes * (self.size - 1) > ONE_HOP:
             counts = split_sizes(x.size, self.size)
@@ -242,13 +242,13 @@ class TcpCommunicator(HostCommunicator):
             self._post(call, peer, parts[self.rank])
         self._fetch(call, {peer: parts[peer] for peer in self._data})
 
-    def _reduce_scatter(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray,
-                        op: str) -> None:
+    def _reduce_scatter_flat(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray,
+                             op: str) -> None:
         self._enter()
         self._reduce_chunks(call, x, counts, out, op)
         self._flush(call)
 
-    def _all_gather(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray) -> None:
+    def _all_gather_flat(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray) -> None:
         self._enter()
         np.copyto(chunks(out, counts)[self.rank], x)
         self._gather_chunks(call, counts, out)

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from meshtape.runtime.collectives.call import describe, mismatch, uneven
 from meshtape.runtime.collectives.host import HostCommunicator, SelfCommunicator
+from meshtape.runtime.collectives.many import Plan
 from meshtape.runtime.collectives.reduction import HostArray, chunks, reduce_into, starts
 from meshtape.runtime.errors import CommAborted, CommError, CommTimeout, PeerLost, ShapeError
 from meshtape.runtime.shards import split_sizes
@@ -31,15 +32,15 @@ MAILBOX = 8
 
 
 class Brought(NamedTuple):
-    """What one rank lays down: its call, its array, whether that is lent, and what else its peers need.
+    """What one rank lays down: its call, its arrays, whether those are lent, and what else its peers need.
 
-    `beside` is where the rank's result goes (all_reduce) or how many elements go to whom (all_to_all).
+    `beside` is where the rank's results go (all_reduce) or how many elements go to whom (all_to_all).
     """
 
     call: int
-    x: HostArray
+    arrays: Sequence[HostArray]
     lent: bool
-    beside: HostArray
+    beside: Sequence[HostArray]
 
 
 class ThreadGroup:
@@ -158,13 +159,14 @@ class ThreadCommunicator(HostCommunicator):
         self._group = group
         self._turn = 0
 
-    def _exchange(self, call: int, x: HostArray, beside: HostArray) -> list[Brought]:
+    def _exchange(self, call: int, arrays: Sequence[HostArray], beside: Sequence[HostArray] = (),
+                  ) -> list[Brought]:
         """What every rank brought, in rank order; _give_back() must follow when its arrays have been read."""
         group = self._group
         table = group.tables[self._turn & 1]
         self._turn += 1
-        lent = x.nbytes > LEND_ABOVE
-        table[self.rank] = Brought(call, x if lent else x.copy(), lent, beside)
+        lent = sum(x.nbytes for x in arrays) > LEND_ABOVE
+        table[self.rank] = Brought(call, arrays if lent else [x.copy() for x in arrays], lent, beside)
         group.meet(self.rank, call)
         brought = [entry for entry in table if entry is not None]
         for peer, entry in enumerate(brought):
@@ -176,52 +178,58 @@ class ThreadCommunicator(HostCommunicator):
         if any(entry.lent for entry in brought):
             self._group.meet(self.rank, call)
 
-    def _all_reduce(self, call: int, x: HostArray, out: HostArray, op: str) -> None:
-        brought = self._exchange(call, x, beside=out)
-        if brought[0].lent:
-            self._reduce_share(brought, op)
-        else:
-            reduce_into(out, [entry.x for entry in brought], op)
+    def _all_reduce(self, call: int, plan: Plan, arrays: Sequence[HostArray],
+                    outs: Sequence[HostArray]) -> None:
+        brought = self._exchange(call, arrays, beside=outs)
+        for i, out in enumerate(outs):
+            if brought[0].lent:
+                self._reduce_share([entry.arrays[i].reshape(-1) for entry in brought],
+                                   [entry.beside[i].reshape(-1) for entry in brought], plan.op)
+            else:
+                reduce_into(out, [entry.arrays[i] for entry in brought], plan.op)
         self._give_back(call, brought)
 
-    def _reduce_share(self, brought: list[Brought], op: str) -> None:
+    def _reduce_share(self, parts: Sequence[HostArray], outs: Sequence[HostArray], op: str) -> None:
         """Reduce this rank's share of the elements into everybody's result."""
-        mine = brought[self.rank].beside
+        mine = outs[self.rank]
         at = starts(split_sizes(mine.size, self.size))
         for start in range(at[self.rank], at[self.rank + 1], BLOCK):
             block = slice(start, min(start + BLOCK, at[self.rank + 1]))
-            reduce_into(mine[block], [entry.x[block] for entry in brought], op)
-            for peer, entry in enumerate(brought):
+            reduce_into(mine[block], [part[block] for part in parts], op)
+            for peer, out in enumerate(outs):
                 if peer != self.rank:
-                    np.copyto(entry.beside[block], mine[block])
+                    np.copyto(out[block], mine[block])
 
-    def _reduce_scatter(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray,
-                        op: str) -> None:
-        brought = self._exchange(call, x, beside=out)
-        start = sum(counts[:self.rank])
-        reduce_into(out, [entry.x[start:start + out.size] for entry in brought], op)
+    def _reduce_scatter(self, call: int, plan: Plan, arrays: Sequence[HostArray],
+                        outs: Sequence[HostArray]) -> None:
+        brought = self._exchange(call, arrays)
+        for i, (out, band) in enumerate(zip(outs, plan.bands[self.rank], strict=True)):
+            reduce_into(out, [entry.arrays[i][band.key] for entry in brought], plan.op)
         self._give_back(call, brought)
 
-    def _all_gather(self, call: int, x: HostArray, counts: tuple[int, ...], out: HostArray) -> None:
-        brought = self._exchange(call, x, beside=out)
-        for chunk, entry in zip(chunks(out, counts), brought, strict=True):
-            np.copyto(chunk, entry.x)
+    def _all_gather(self, call: int, plan: Plan, arrays: Sequence[HostArray],
+                    outs: Sequence[HostArray]) -> None:
+        brought = self._exchange(call, arrays)
+        for bands, entry in zip(plan.bands, brought, strict=True):
+            for part, out, band in zip(entry.arrays, outs, bands, strict=True):
+                out[band.key] = part
         self._give_back(call, brought)
 
     def _all_to_all(self, call: int, x: HostArray, send: tuple[int, ...], recv: tuple[int, ...],
                     out: HostArray) -> None:
-        brought = self._exchange(call, x, beside=np.array(send, np.int64))
+        brought = self._exchange(call, (x,), beside=(np.array(send, np.int64),))
         for peer, (chunk, entry) in enumerate(zip(chunks(out, recv), brought, strict=True)):
-            start, count = int(entry.beside[:self.rank].sum()), int(entry.beside[self.rank])
+            table, theirs = entry.beside[0], entry.arrays[0]
+            start, count = int(table[:self.rank].sum()), int(table[self.rank])
             if count != chunk.size:
                 raise uneven(self.rank, chunk.size, peer, count)
-            np.copyto(chunk, entry.x[start:start + count])
+            np.copyto(chunk, theirs[start:start + count])
         self._give_back(call, brought)
 
     def _broadcast(self, call: int, buffer: HostArray, root: int) -> None:
-        brought = self._exchange(call, buffer if self.rank == root else buffer[:0], beside=_NOTHING)
+        brought = self._exchange(call, (buffer if self.rank == root else buffer[:0],))
         if self.rank != root:
-            np.copyto(buffer, brought[root].x)
+            np.copyto(buffer, brought[root].arrays[0])
         self._give_back(call, brought)
 
     def _send(self, call: int, x: HostArray, dst: int) -> None:
@@ -234,13 +242,10 @@ class ThreadCommunicator(HostCommunicator):
         np.copyto(out, x)
 
     def _barrier(self, call: int) -> None:
-        self._exchange(call, _NOTHING, _NOTHING)
+        self._exchange(call, ())
 
     def _abort(self, reason: str) -> None:
         self._group.fail(CommAborted(reason))
 
     def _close(self) -> None:
         self._group.fail(PeerLost(f"rank {self.rank} closed its communicator"))
-
-
-_NOTHING = np.empty(0, np.uint8)

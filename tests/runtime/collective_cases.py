@@ -212,6 +212,12 @@ def _all_gather_many(comm: Any, case: Case) -> None:
     want = _of_each(case, 0, shapes)
     mine = [part(w, dim, case.size, comm.rank) for w, dim in zip(want, dims, strict=True)]
     out = [np.empty_like(w) for w in want] if case.in_place else None
+    if out is not None and case.seed % 3 == 0:      # where the part belongs, if that is contiguous
+        places = [np.array_split(x, case.size, d)[comm.rank] for x, d in zip(out, dims, strict=True)]
+        for i, place in enumerate(places):
+            if place.flags.c_contiguous:
+                place[...] = mine[i]
+                mine[i] = place
     got = comm.all_gather_many(mine, dims, shapes, out=out)
     for i, x in enumerate(got):
         assert out is None or x is out[i]

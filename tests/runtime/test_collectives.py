@@ -289,6 +289,26 @@ def test_a_group_of_one_copies() -> None:
         comm.barrier()
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_calls_and_bytes_sent_are_counted(size: int) -> None:
+    """Sums over the ranks of what the usual formulas give, for whole arrays of 12 float32."""
+    def body(comm: Any) -> list[int]:
+        x, sent = np.ones((3, 4), np.float32), []
+        part = np.ones((3, 4 // size + (comm.rank < 4 % size)), np.float32)
+        for call in (lambda: comm.all_reduce(x), lambda: comm.all_reduce_many([x]),
+                     lambda: comm.reduce_scatter_many([x], [1]),
+                     lambda: comm.all_gather_many([part], [1], [(3, 4)]),
+                     lambda: comm.broadcast(x, 0), lambda: comm.barrier()):
+            before = comm.bytes_sent
+            call()
+            sent.append(comm.bytes_sent - before)
+        assert comm.calls == 6
+        return sent
+
+    total = np.sum(succeed(size, body), axis=0) / 48 / max(1, size - 1)
+    assert total.tolist() == ([0] * 6 if size == 1 else [2, 2, 1, 1, 1, 0])
+
+
 def test_a_call_word_reads_back() -> None:
     word = encode("all_reduce", "max", np.dtype(np.float16), 12345678901)
     assert describe(word) == "all_reduce max of 12345678901 float16" and word < 2**64
