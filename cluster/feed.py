@@ -39,7 +39,9 @@ class Region:
 
     __slots__ = ("__array_interface__", "freed", "span")
 
-    def __init__(self, freed: deque[tuple[int, int]], span: tuple[int, int], interface: dict[str, Any]) -> None:
+    def __init__(
+        self, freed: deque[tuple[int, int]], span: tuple[int, int], interface: dict[str, Any]
+    ) -> None:
         self.freed = freed
         self.span = span
         self.__array_interface__ = interface
@@ -72,8 +74,11 @@ class FeedMemory:
             start = self._take(-(-nbytes // ALIGN) * ALIGN)
         if start is None:
             return None
-        region = Region(self._freed, (start, start + -(-nbytes // ALIGN) * ALIGN),
-                        {"data": (self._start + start, False), "shape": shape, "typestr": dtype.str, "version": 3})
+        region = Region(
+            self._freed,
+            (start, start + -(-nbytes // ALIGN) * ALIGN),
+            {"data": (self._start + start, False), "shape": shape, "typestr": dtype.str, "version": 3},
+        )
         return np.asarray(region)
 
     def _take(self, nbytes: int) -> int | None:

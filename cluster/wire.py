@@ -64,7 +64,9 @@ def _unpack_extra(code: int, data: bytes) -> Any:
                     "install the same version everywhere")
 
 
-def frame(kind: int, head: bytes, arrays: Sequence[Any] = (), memory: FeedMemory | None = None) -> list[Buffer]:
+def frame(
+    kind: int, head: bytes, arrays: Sequence[Any] = (), memory: FeedMemory | None = None
+) -> list[Buffer]:
     """The buffers that make up one frame. `arrays` holds NumPy arrays and None; they are not copied, and of
     those that lie in `memory` only the place is sent.
     """
@@ -107,7 +109,9 @@ def arrays_for(types: Buffer, payload: int, view: FeedView | None) -> tuple[list
     return arrays, fill
 
 
-def run_frames(runs: Sequence[Run], memories: Sequence[FeedMemory | None] | None = None) -> list[list[Buffer]]:
+def run_frames(
+    runs: Sequence[Run], memories: Sequence[FeedMemory | None] | None = None
+) -> list[list[Buffer]]:
     """One frame per run of a batch, whose common part is packed once. `memories`: what each rank can read."""
     first = runs[0]
     head = pack((first.batch, first.digest, first.ids, first.scalars, first.fetch, first.frees, first.drop,

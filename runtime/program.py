@@ -11,12 +11,14 @@ from meshtape.runtime.dtypes import canonical
 from meshtape.runtime.op import IO, Op, lookup
 from meshtape.runtime.protocol import Instr, Program, TensorType
 from meshtape.runtime.reuse import Reuse, Sharing, reuses
+from meshtape.runtime.sharded_update import sharded_update
 from meshtape.runtime.shards import Shape, piece
 
 
 class Call(NamedTuple):
     """What one instruction runs: `function(*arrays, **attrs)`, its op (None for moves and feeds), and the
-    types of a collective's inputs (empty otherwise). `many`: it returns a sequence of arrays.
+    types of a collective's inputs (empty otherwise; None for a scalar). `many`: it returns a sequence of
+    arrays. `over`: what a collective may write over what, as (output, input) positions.
     """
 
     function: Callable[..., Any]
@@ -25,7 +27,8 @@ class Call(NamedTuple):
     many: bool
     dtypes: tuple[Any, ...]
     shapes: tuple[Shape, ...]
-    meets: tuple[TensorType, ...]
+    meets: tuple[TensorType | None, ...]
+    over: tuple[tuple[int, int], ...] = ()
 
 
 class Step(NamedTuple):
@@ -131,6 +134,8 @@ def compile_instr(instr: Instr, site: Site) -> Call:
             axis, _, dims = instr.attrs
             run = moves.compile_gather_bucket(xp, shapes, dims, site.communicators[axis])
             return Call(run, {}, None, True, dtypes, shapes, meets)
+        case "sharded_update":
+            return compile_update(instr, site)
     op = lookup(instr.op)
     attrs = op.unpack(instr.attrs)
     if op.local is not None:
@@ -139,6 +144,16 @@ def compile_instr(instr: Instr, site: Site) -> Call:
         attrs = op.local(attrs, IO(tuple(pieces), tuple(
             piece(t.shape, t.placements, site.mesh_shape, site.coord) for t in instr.outs)))
     return Call(op.kernel, attrs, op, op.n_out != 1, dtypes, shapes, ())
+
+
+def compile_update(instr: Instr, site: Site) -> Call:
+    """A sharded optimizer update: see runtime.sharded_update."""
+    name, attrs, axis, dims = instr.attrs
+    op = lookup(name)
+    run, over = sharded_update(site.xp, op, op.unpack(attrs), dims, site.communicators[axis],
+                               [None if t is None else local_shape(t, site) for t in instr.ins])
+    return Call(run, {}, None, True, tuple(canonical(t.dtype) for t in instr.outs),
+                tuple(local_shape(t, site) for t in instr.outs), instr.ins, over)
 
 
 def placeholder(t: TensorType, site: Site) -> Any:

@@ -86,9 +86,11 @@ def reuses(
 def _step_reuse(call: Any, ins: tuple[int, ...], outs: tuple[int, ...], at: int, own: set[int],
                 groups: Groups, ends: Mapping[int, int], types: Mapping[int, Any]) -> Reuse:
     op = call.op
-    if op is None or not op.takes_out:
+    if op is None:
+        pairs = call.over
+    elif not op.takes_out:
         return ()
-    if op.over is not None:
+    elif op.over is not None:
         pairs = op.over(len(ins), call.attrs)
     elif op.elementwise is not None and len(outs) == 1:
         pairs = [(0, i) for i in range(len(ins))]

@@ -173,7 +173,7 @@ class Worker:
         """A step with a poisoned input: outputs are poisoned; a collective still keeps its appointment."""
         poison = next(a for a in args if type(a) is Poison)
         if step.call.meets:
-            step.call.function(*[placeholder(t, self.site) if type(a) is Poison else a
+            step.call.function(*[a if type(a) is not Poison or t is None else placeholder(t, self.site)
                                  for a, t in zip(args, step.call.meets, strict=True)])
         for slot in step.outs:
             slots[slot] = poison

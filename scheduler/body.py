@@ -10,6 +10,7 @@ import msgpack
 
 from meshtape.runtime.protocol import Instr, Program, TensorType
 from meshtape.scheduler.buckets import bucket, merge_duplicates, unflatten
+from meshtape.scheduler.updates import join_updates
 
 
 class Body(NamedTuple):
@@ -37,6 +38,7 @@ def assemble(recorded: Sequence[int], instrs: Sequence[Instr], n_slots: int, dea
     if workers > 1:
         steps = merge_duplicates(steps, instrs, frozenset(temporary))
         steps = bucket(steps, instrs, number)
+        steps = join_updates(steps, instrs, number, frozenset(dead))
     numbers = {n: k for k, n in enumerate(dict.fromkeys(s.number for s in steps))}
     program = Program(tuple(instrs[n] for n in numbers),
                       tuple((numbers[s.number], s.ins, s.outs) for s in steps), n_slots, dead)

@@ -79,6 +79,8 @@ def movement(instr: Instr, axes: Axes) -> tuple[str, int]:
         )
         word = instr.op.removesuffix("_bucket").replace("_", "-")
         return f"{word}{f'({combine})' if combine else ''} over {axes.names[axis]}", round(wire)
+    if instr.op == "sharded_update":
+        return _update_movement(instr, axes)
     if instr.op != "redistribute" or instr.ins[0] is None:
         return "", 0
     words, wire, source = [], 0.0, instr.ins[0]
@@ -87,6 +89,19 @@ def movement(instr: Instr, axes: Axes) -> tuple[str, int]:
         words.append(f"{verb(before[axis], after[axis])} over {axes.names[axis]}")
         wire += _hop_bytes(source, before, after, axes)
     return ", ".join(words), round(wire)
+
+
+def _update_movement(instr: Instr, axes: Axes) -> tuple[str, int]:
+    """As movement(), of a sharded optimizer update: each parameter's bytes are scattered, and gathered."""
+    axis, dims = instr.attrs[2:]
+    tensors = [t for t in instr.ins if t is not None]
+    wire = 0.0
+    for param, grad, dim in zip(tensors, tensors[len(dims):], dims, strict=False):
+        if dim >= 0:
+            part = (*param.placements[:axis], dim, *param.placements[axis + 1 :])
+            wire += _hop_bytes(grad, grad.placements, part, axes)
+            wire += _hop_bytes(param, part, param.placements, axes)
+    return f"reduce-scatter(sum), all-gather over {axes.names[axis]}", round(wire)
 
 
 def verb(before: int | str, after: int | str) -> str:
