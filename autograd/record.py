@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from meshtape.autograd.tape import Node
-from meshtape.autograd.tensor import Tensor, as_tensor, make
+from meshtape.autograd.tensor import Tensor, as_tensor
 from meshtape.runtime.errors import SessionClosed
 from meshtape.runtime.op import Op
 from meshtape.runtime.shards import Placements
@@ -72,8 +72,14 @@ def apply(op: Op, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (),
         out.spec = single
         out.edge = node if node is None else (node, 0)
         return out
-    return tuple([make(b, s, (node, i) if node is not None and s.differentiable else None)
-                  for i, (b, s) in enumerate(zip(made, plan.outs, strict=True))])
+    outs = []
+    for block, spec in zip(made, plan.outs, strict=True):
+        out = _new(Tensor)
+        out.block = block
+        out.spec = spec
+        out.edge = (node, len(outs)) if node is not None and spec.differentiable else None
+        outs.append(out)
+    return tuple(outs)
 
 
 _new = object.__new__

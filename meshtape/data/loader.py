@@ -12,6 +12,7 @@ import numpy as np
 from meshtape.autograd import Tensor, as_tensor
 from meshtape.autograd.tensor import to_array
 from meshtape.runtime.errors import ShapeError
+from meshtape.scheduler import current
 from meshtape.scheduler.layout import AnyLayout, Shard
 
 Array = np.ndarray[Any, Any]
@@ -58,7 +59,7 @@ class DataLoader:
         self.epoch += 1
         starts = range(0, len(self) * self.batch_size, self.batch_size)
         cuts = [slice(at, min(at + self.batch_size, self.rows)) for at in starts]
-        gathered = gather(self._arrays, order, cuts)
+        gathered = gather(self._arrays, order, cuts, current.session().mesh.room)
         return self._tensors(ahead(gathered, self.prefetch) if self.prefetch else gathered)
 
     def _tensors(self, batches: Iterator[list[Array]]) -> Iterator[Any]:
@@ -93,10 +94,22 @@ def shuffled(rows: int, seed: int, epoch: int) -> Array:
     return np.random.Generator(np.random.Philox(key=key)).permutation(rows)
 
 
-def gather(arrays: Sequence[Array], order: Array | None, cuts: Sequence[slice]) -> Iterator[list[Array]]:
-    """A copy of the rows of each batch."""
+def gather(arrays: Sequence[Array], order: Array | None, cuts: Sequence[slice],
+           room: Callable[..., Array | None]) -> Iterator[list[Array]]:
+    """A copy of the rows of each batch, made where the workers can read it if there is `room`."""
     for cut in cuts:
-        yield [a[cut].copy() if order is None else a[order[cut]] for a in arrays]
+        yield [rows(a, cut, order, room) for a in arrays]
+
+
+def rows(array: Array, cut: slice, order: Array | None, room: Callable[..., Array | None]) -> Array:
+    out = room((cut.stop - cut.start, *array.shape[1:]), array.dtype)
+    if order is not None:
+        # With "raise", take would gather into a buffer first.
+        return np.take(array, order[cut], axis=0, out=out, mode="clip")
+    if out is None:
+        return array[cut].copy()
+    out[...] = array[cut]
+    return out
 
 
 def ahead(items: Iterator[Any], count: int) -> Iterator[Any]:

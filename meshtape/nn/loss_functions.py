@@ -11,6 +11,8 @@ from meshtape.runtime.dtypes import is_floating
 from meshtape.runtime.errors import DTypeError, ShapeError
 from meshtape.runtime.op import lookup
 
+CROSS_ENTROPY = lookup("cross_entropy")
+
 
 def _t(x: Any) -> Any:
     return x if isinstance(x, Tensor) else as_tensor(x)
@@ -51,8 +53,7 @@ def cross_entropy(input: Any, target: Any, weight: Tensor | None = None, ignore_
     if y.shape == x.shape and is_floating(y.dtype):
         return _by_probabilities(x, y, weight, reduction, label_smoothing)
     if weight is None and reduction != "none":
-        total, count, _ = _call("cross_entropy", x, y, ignore_index=int(ignore_index),
-                                label_smoothing=float(label_smoothing))
+        total, count, _ = apply(CROSS_ENTROPY, (x, y), (int(ignore_index), float(label_smoothing)))
         return _cast(total / count.detach() if reduction == "mean" else total, x.dtype)
     logp = _call("log_softmax", x, axis=_class_axis(x, "cross_entropy"))
     if not label_smoothing:

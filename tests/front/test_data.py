@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import meshtape as mt
 from meshtape.data import DataLoader, random_split
 from meshtape.data.loader import ahead
+from meshtape.scheduler import current
 
 X = np.arange(46, dtype=np.float64).reshape(23, 2)
 Y = np.arange(23) * 10
@@ -81,6 +82,26 @@ def test_rows_are_copied() -> None:
     batches = list(DataLoader(mine, 5))
     mine[:] = -1
     np.testing.assert_array_equal(np.concatenate([b.numpy() for b in batches]), X)
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_rows_are_gathered_where_the_workers_read_them(shuffle: bool, monkeypatch: Any) -> None:
+    session, rooms, fed = current.session(), [], []
+    place = session.place
+
+    def room(shape: tuple[int, ...], dtype: Any) -> Any:
+        rooms.append(np.empty(shape, dtype))
+        return rooms[-1]
+
+    def noted(array: Any, *args: Any, **kwargs: Any) -> Any:
+        fed.append(array)
+        return place(array, *args, **kwargs)
+
+    monkeypatch.setattr(session.mesh, "room", room)
+    monkeypatch.setattr(session, "place", noted)
+    for x, y in DataLoader((X, Y), 5, shuffle=shuffle):
+        np.testing.assert_array_equal(x.numpy()[:, 0] * 5, y.numpy())
+    assert len(fed) == 10 and all(any(a is r for r in rooms) for a in fed)
 
 
 def test_a_batch_smaller_than_the_mesh() -> None:
