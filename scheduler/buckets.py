@@ -1,7 +1,7 @@
 """From a recorded batch to the body that workers run: duplicate reductions merged, reductions bucketed.
 
 Pure: tuples in, tuples out. A reduction is put off until a result of its bucket is first needed (or the
-bucket is full), so that one collective carries many gradients, and so are all-gathers of what a batch has made.
+bucket is full), so that one collective carries many gradients; and so are all-gathers of what a batch made.
 """
 
 from __future__ import annotations
