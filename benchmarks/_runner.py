@@ -31,6 +31,11 @@ Run = Callable[..., Any]            # run(n, *args) does n steps and waits for t
 Times = dict[str, list[float]]
 
 
+# Processes and environment of a JAX contender on so many CPU devices. NPROC: threads that XLA computes with.
+JAX = {n: (1, {"JAX_PLATFORMS": "cpu", "NPROC": str(n),
+               "XLA_FLAGS": f"--xla_force_host_platform_device_count={n}"}) for n in (1, 2)}
+
+
 class Role(NamedTuple):
     """What a contender's process is to be. `meet` hands something to the other ranks and returns what all
     handed over, by rank.
@@ -131,10 +136,14 @@ class Contender:
             found.append(json.loads(line))
         return found
 
+    def ask(self, n: int, *args: Any) -> list[Any]:
+        """Every rank's answer to n steps."""
+        self.tell([n, *args])
+        return self.answers()
+
     def seconds(self, n: int, *args: Any) -> float:
         """The answer of the slowest rank."""
-        self.tell([n, *args])
-        return float(max(self.answers()))
+        return float(max(self.ask(n, *args)))
 
     def close(self) -> None:
         for process in self.processes:

@@ -12,19 +12,13 @@ On some processors NumPy's OpenBLAS chooses older kernels than the processor all
 
 from __future__ import annotations
 
-import argparse
 import os
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_name] = "1"
-
+import _runner
 import numpy as np
+from _models import cnn
 
 CONTENDERS = ("torch", "mesh1", "mesh2")
 
@@ -38,12 +32,6 @@ class Model(NamedTuple):
     steps: int
 
 
-def cnn28(nn: Any) -> list[Any]:
-    return [nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 32, 3, padding=1),
-            nn.ReLU(),
-            nn.MaxPool2d(2), nn.Flatten(), nn.Linear(32 * 49, 10)]
-
-
 def block64(nn: Any) -> list[Any]:
     parts: list[Any] = []
     for _ in range(2):
@@ -52,7 +40,7 @@ def block64(nn: Any) -> list[Any]:
 
 
 MODELS = {
-    "cnn28": Model(cnn28, (128, 1, 28, 28), True, 6),
+    "cnn28": Model(lambda nn: [cnn(nn)], (128, 1, 28, 28), True, 6),
     "block64": Model(block64, (32, 64, 32, 32), True, 2),
     "conv16-32": Model(lambda nn: [nn.Conv2d(16, 32, 3, padding=1)], (128, 16, 14, 14), False, 10),
     "conv64-64": Model(lambda nn: [nn.Conv2d(64, 64, 3, padding=1)], (32, 64, 32, 32), False, 2),
@@ -135,81 +123,38 @@ def torch_step(model: Model) -> Callable[[], None]:
     return differentiate
 
 
-def serve(contender: str, model: Model) -> None:
-    """A contender's process: do as many steps as each line asks for, answer with seconds a step."""
-    step = torch_step(model) if contender == "torch" else meshtape_step(model,
-                                                                        int(contender.removeprefix("mesh")))
-    for _ in range(4):
-        step()
-    print("ready", flush=True)
-    for line in sys.stdin:
-        n = int(line)
-        start = time.perf_counter()
+def build(role: _runner.Role) -> tuple[_runner.Run, None]:
+    model = MODELS[role.case]
+    step = (torch_step(model) if role.name == "torch" else
+            meshtape_step(model, int(role.name.removeprefix("mesh"))))
+
+    def run(n: int) -> None:
         for _ in range(n):
             step()
-        print((time.perf_counter() - start) / n, flush=True)
+
+    run(4)
+    return _runner.timed(run), None
 
 
-class Contender:
-    """A contender's process, driven through its standard input."""
-
-    def __init__(self, name: str, model: str) -> None:
-        self.process = subprocess.Popen([sys.executable, __file__, "--serve", name, "--models", model],
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        while self.answer() != "ready":
-            pass
-
-    def answer(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"a contender ended with status {self.process.wait()}")
-        return line.strip()
-
-    def measure(self, steps: int) -> float:
-        """Milliseconds a step."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{steps}\n")
-        self.process.stdin.flush()
-        return 1e3 * float(self.answer())
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait(30)
-
-
-def compare(name: str, names: list[str], rounds: int) -> dict[str, float]:
-    running = {c: Contender(c, name) for c in names}
-    times: dict[str, list[float]] = {c: [] for c in names}
-    try:
-        for _ in range(rounds):
-            for c, contender in running.items():
-                times[c].append(contender.measure(MODELS[name].steps))
-    finally:
-        for contender in running.values():
-            contender.close()
-    return {c: statistics.median(t) for c, t in times.items()}
+def compare(model: str, names: list[str], rounds: int) -> dict[str, float]:
+    with _runner.contenders(__file__, model, {name: (1, {}) for name in names}) as running:
+        turns = {name: (lambda c=c: 1e3 * c.seconds(MODELS[model].steps)) for name, c in running.items()}
+        return _runner.medians(_runner.take_turns(turns, rounds))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--contenders", default=",".join(CONTENDERS))
-    parser.add_argument("--serve", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser = _runner.parser(__doc__, MODELS, CONTENDERS, rounds=9, case="models")
     options = parser.parse_args()
     if options.serve:
-        serve(options.serve, MODELS[options.models])
+        _runner.serve(build, options)
         return
     names = options.contenders.split(",")
     print(f"OPENBLAS_CORETYPE: {os.environ.get('OPENBLAS_CORETYPE', 'not set')}")
-    print(f"{'ms per step':14}" + "".join(f"{c:>10}" for c in names) + f"{'mesh1/torch':>13}")
+    print(_runner.row("ms per step", [*names, "mesh1/torch"]))
     for model in options.models.split(","):
         found = compare(model, names, options.rounds)
         ratio = f"{found['mesh1'] / found['torch']:.2f}" if {"mesh1", "torch"} <= set(names) else "-"
-        print(f"{model:14}" + "".join(f"{found[c]:10.2f}" for c in names) + f"{ratio:>13}", flush=True)
+        print(_runner.row(model, [*found.values(), ratio]), flush=True)
 
 
 if __name__ == "__main__":

@@ -13,15 +13,13 @@ driver's share of a flush, with and without a known digest.
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ[_name] = "1"
-
+import _runner
 import numpy as np
 import torch
 
@@ -105,21 +103,24 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=300)
     parser.add_argument("--size", type=int, default=8)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
     options = parser.parse_args()
     ours, peer = Meshtape(options.size), Torch(options.size)
-    times: dict[str, list[float]] = {"ours": [], "torch": []}
+    times: _runner.Times = {"ours": [], "torch": []}
     for _ in range(options.rounds):
-        times["ours"].append(ours.step())
-        times["torch"].append(peer.step())
-    mine, theirs = (1e6 * statistics.median(times[k]) for k in ("ours", "torch"))
-    print(
-        f"meshtape {mt.__version__}, torch {torch.__version__}, NumPy {np.__version__}; {ours.ops} ops"
-    )
-    print(f"recording, per op        {mine / ours.ops:8.2f} us")
-    print(f"recording, whole program {mine:8.1f} us")
-    print(f"torch eager, whole       {theirs:8.1f} us   ratio {mine / theirs:.2f}")
-    print(f"flush, first sight       {1e6 * ours.flushes[0]:8.1f} us")
-    print(f"flush, known digest      {1e6 * statistics.median(ours.flushes[3:]):8.1f} us")
+        times["ours"].append(1e6 * ours.step())
+        times["torch"].append(1e6 * peer.step())
+    found = _runner.medians(times)
+    figures = {"ops": ours.ops, "per op": found["ours"] / ours.ops, "ours": found["ours"],
+               "torch": found["torch"], "first flush": 1e6 * ours.flushes[0],
+               "flush": 1e6 * statistics.median(ours.flushes[3:])}
+    print(f"meshtape {mt.__version__}, torch {torch.__version__}, NumPy {np.__version__}; {ours.ops} ops")
+    for name, label in (("per op", "recording, per op"), ("ours", "recording, whole program"),
+                       ("torch", "torch eager, whole"), ("first flush", "flush, first sight"),
+                       ("flush", "flush, known digest")):
+        print(f"{label:26}{figures[name]:8.2f} us")
+    print(f"torch eager / recording   {found['torch'] / found['ours']:8.2f}")
+    _runner.write_json(options.json, figures)
 
 
 if __name__ == "__main__":

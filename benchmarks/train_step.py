@@ -20,17 +20,10 @@ import numpy as np
 from _models import MODELS, TINY, Model
 from _training import jax_run, meshtape_run, torch_run
 
-# name -> (processes, environment). NPROC is how many threads XLA's CPU client computes with.
+# name -> (processes, environment)
 CONTENDERS: dict[str, tuple[int, dict[str, str]]] = {
-    "torch": (1, {}),
-    "fused": (1, {}),
-    "compile": (1, {}),
-    "ddp": (2, {}),
-    "jax1": (1, {"JAX_PLATFORMS": "cpu", "NPROC": "1"}),
-    "jax2": (1, {"JAX_PLATFORMS": "cpu", "NPROC": "2",
-                 "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}),
-    "mesh1": (1, {}),
-    "mesh2": (1, {}),
+    "torch": (1, {}), "fused": (1, {}), "compile": (1, {}), "ddp": (2, {}), "jax1": _runner.JAX[1],
+    "jax2": _runner.JAX[2], "mesh1": (1, {}), "mesh2": (1, {}),
 }
 TWOFOLD = {"ddp", "jax2", "mesh2"}      # contenders with two workers
 USUAL = ("torch", "ddp", "mesh1", "mesh2")
