@@ -97,7 +97,7 @@ def layer_norm(input: Any, normalized_shape: int | Sequence[int], weight: Tensor
     x = _t(input)
     over = _normalized(x, normalized_shape, "layer_norm")
     if weight is not None and bias is not None:
-        return _call("layer_norm", x, weight, bias, ndim=over, eps=float(eps))[0]
+        return apply(LAYER_NORM, (x, weight, bias), (over, float(eps)))[0]  # type: ignore[no-any-return]
     out = _call("normalize", x, ndim=over, eps=float(eps))[0]
     out = out if weight is None else out * weight
     return out if bias is None else out + bias
@@ -120,7 +120,7 @@ def rms_norm(input: Any, normalized_shape: int | Sequence[int], weight: Tensor |
 
 
 def _normalized(x: Tensor, normalized_shape: int | Sequence[int], name: str) -> int:
-    shape = integers(normalized_shape, name)
+    shape = normalized_shape if type(normalized_shape) is tuple else integers(normalized_shape, name)
     if not shape or x.shape[-len(shape):] != shape:
         raise ShapeError(f"{name}: normalized_shape {shape} must be the last dimensions of the input, which "
                          f"is {x.shape}")

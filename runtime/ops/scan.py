@@ -89,6 +89,13 @@ cumprod: Op = register(Op(
     samples=lambda: _scan_samples(-1.5, 1.5)))
 
 
+def product_of_others(x: Any, axis: int) -> Any:
+    """For every element the product of the others along `axis`: of those before it and those after it."""
+    before = _shifted(cumprod(x, axis=axis), axis, 1, 1.0)
+    after = _shifted(cumprod(x, axis=axis, reverse=True), axis, -1, 1.0)
+    return before * after
+
+
 # --- linear recurrence ------------------------------------------------------------------------------
 
 def _recurrence(xp: Any, a: Any, b: Any, axis: int, reverse: bool) -> Any:

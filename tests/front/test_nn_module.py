@@ -106,6 +106,41 @@ def test_a_state_that_does_not_fit_is_refused_whole() -> None:
     assert net[0].bias.numpy().tolist() == [0, 0, 0] and net[0].bias.dtype == np.float32
 
 
+def attributes_are_their_groups(module: nn.Module) -> bool:
+    return all(getattr(module, name) is value and module.__dict__[name] is value
+               for group in (module._parameters, module._buffers, module._modules)
+               for name, value in group.items())
+
+
+def test_attributes_and_groups_hold_the_same() -> None:
+    net = Block()
+    assert all(attributes_are_their_groups(m) for m in net.modules())
+    net.first = nn.Linear(4, 3)
+    net.scale = None
+    net.count = mt.ones((), dtype="int64")
+    net.layers[1] = nn.GELU()
+    del net.heads["b"], net.scratch
+    net.register_parameter("bias", nn.Parameter(mt.ones(2)))
+    assert all(attributes_are_their_groups(m) for m in net.modules())
+    assert net.scale is None and not hasattr(net, "scratch") and not hasattr(net.heads, "b")
+    assert list(net.state_dict()) == ["bias", "count", "first.weight", "first.bias", "layers.0.weight",
+                                      "heads.a.weight", "heads.a.bias"]
+    net.bias = nn.ReLU()
+    assert "bias" not in net._parameters and attributes_are_their_groups(net)
+
+
+def test_a_copy_shares_parameters_and_not_attributes() -> None:
+    net = Block()
+    other = copy.copy(net)
+    assert other.first is net.first and list(other.parameters()) == list(net.parameters())
+    other.first = nn.Linear(4, 3)
+    del other.scale
+    assert net.first is not other.first and "scale" in dict(net.named_parameters())
+    deep = copy.deepcopy(net)
+    assert deep.scale is not net.scale and deep.heads["b"] is deep.first
+    assert all(attributes_are_their_groups(m) for n in (net, other, deep) for m in n.modules())
+
+
 def test_modes_and_gradients() -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Dropout(0.5)))
     assert net.eval() is net and not any(m.training for m in net.modules())
