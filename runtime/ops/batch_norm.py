@@ -32,6 +32,7 @@ from meshtape.runtime.ops.reduce import accumulator, sum_
 from meshtape.runtime.ops.rules import COMPLEX, floated
 from meshtape.runtime.ops.shape import reshape
 from meshtape.runtime.ops.slices import slice_, slice_attrs
+from meshtape.runtime.ops.windows import in_order_of, innermost, placed
 from meshtape.runtime.shards import Shape
 
 Attrs = dict[str, Any]
@@ -78,72 +79,87 @@ def _wide(name: str, outs: int = 1) -> Any:
 
 # --- kernels: x as planes (samples, channels, elements) ---------------------------------------------------
 
-def _planes(x: Any) -> Any:
+def _planes(xp: Any, x: Any) -> Any:
+    """`x` as (rows, channels, elements): a row is one sample or, with samples innermost, of all samples."""
+    if innermost(xp, x):
+        x = xp.moveaxis(xp.moveaxis(x, 0, -1), 0, 1)
     return x.reshape(*x.shape[:2], prod(x.shape[2:]))
 
 
-def _runs(xp: Any, planes: Any) -> Iterator[slice]:
-    return row_blocks(xp, (planes.shape[0], prod(planes.shape[1:])))
+def _runs(xp: Any, planes: Any) -> Iterator[tuple[tuple[slice, slice], slice]]:
+    """Parts of planes that stay in cache, (rows, channels), and again their channels."""
+    every = slice(None)
+    if planes.strides[1] > planes.strides[0]:
+        for run in row_blocks(xp, (planes.shape[1], prod(planes.shape[::2]))):
+            yield (every, run), run
+    else:
+        for run in row_blocks(xp, (planes.shape[0], prod(planes.shape[1:]))):
+            yield (run, every), every
 
 
-def _column(value: Any) -> Any:
-    """A number per channel, to broadcast against planes."""
-    return value[:, None] if getattr(value, "ndim", 0) else value
+def _column(value: Any, channels: slice) -> Any:
+    """A number per channel, to broadcast against planes of these channels."""
+    return value[channels, None] if getattr(value, "ndim", 0) else value
+
+
+def _like(xp: Any, x: Any) -> Any:
+    """Memory for a result that lies like x, so that its planes are a view."""
+    return xp.empty_like(x) if innermost(xp, x) else xp.empty(x.shape, x.dtype)
 
 
 def _batch_mean(xp: Any, x: Any, count: int) -> Any:
-    return xp.einsum("ncp->nc", _planes(widen(x))).sum(axis=0) / max(1, count)
+    return xp.einsum("ncp->nc", _planes(xp, widen(x))).sum(axis=0) / max(1, count)
 
 
 def _batch_variance(xp: Any, x: Any, mean: Any, count: int) -> Any:
-    planes = _planes(x)
+    planes = _planes(xp, x)
     total = xp.zeros(planes.shape[1], mean.dtype)
-    for run in _runs(xp, planes):
-        centered = planes[run] - _column(mean)
-        total += xp.einsum("ncp,ncp->nc", centered, centered).sum(axis=0)
+    for run, channels in _runs(xp, planes):
+        centered = planes[run] - _column(mean, channels)
+        total[channels] += xp.einsum("ncp,ncp->nc", centered, centered).sum(axis=0)
     return total / max(1, count)
 
 
 def _batch_norm(xp: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any, training: bool,
                 out: Any = None) -> Any:
-    planes, scale = _planes(x), _column(rstd * weight)
-    result = xp.empty(x.shape, x.dtype) if out is None else out
-    target = _planes(result)
-    for run in _runs(xp, planes):
-        centered = planes[run] - _column(mean)
-        centered *= scale
-        centered += _column(bias)
+    planes, scale = _planes(xp, x), rstd * weight
+    result = _like(xp, x)
+    target = _planes(xp, result)
+    for run, channels in _runs(xp, planes):
+        centered = planes[run] - _column(mean, channels)
+        centered *= _column(scale, channels)
+        centered += _column(bias, channels)
         target[run] = centered
-    return result
+    return placed(result, x.dtype, out)
 
 
 def _batch_norm_sums(xp: Any, g: Any, x: Any, mean: Any, rstd: Any, training: bool) -> Any:
-    upstream, planes = _planes(g), _planes(x)
+    upstream, planes = _planes(xp, in_order_of(xp, x, g)), _planes(xp, x)
     out = xp.zeros((2, planes.shape[1]), mean.dtype)
-    for run in _runs(xp, planes):
+    for run, channels in _runs(xp, planes):
         u = widen(upstream[run])
-        out[0] += xp.einsum("ncp->nc", u).sum(axis=0)
-        out[1] += xp.einsum("ncp,ncp->nc", u, planes[run] - _column(mean)).sum(axis=0)
+        out[0, channels] += xp.einsum("ncp->nc", u).sum(axis=0)
+        out[1, channels] += xp.einsum("ncp,ncp->nc", u, planes[run] - _column(mean, channels)).sum(axis=0)
     out[1] *= rstd
     return out
 
 
 def _batch_norm_grad(xp: Any, g: Any, x: Any, mean: Any, rstd: Any, weight: Any, sums: Any,
                      count: int | None, out: Any = None) -> Any:
-    upstream, planes = _planes(g), _planes(x)
+    upstream, planes = _planes(xp, in_order_of(xp, x, g)), _planes(xp, x)
     n = per_channel(x.shape) if count is None else count
-    scale, means = _column(rstd * weight), sums / max(1, n)
-    slope, offset = _column(rstd * means[1]), _column(means[0])
-    result = xp.empty(x.shape, x.dtype) if out is None else out
-    target = _planes(result)
-    for run in _runs(xp, planes):
-        taken = planes[run] - _column(mean)
-        taken *= slope
-        taken += offset
+    scale, means = rstd * weight, sums / max(1, n)
+    slope, offset = rstd * means[1], means[0]
+    result = _like(xp, x)
+    target = _planes(xp, result)
+    for run, channels in _runs(xp, planes):
+        taken = planes[run] - _column(mean, channels)
+        taken *= _column(slope, channels)
+        taken += _column(offset, channels)
         xp.subtract(upstream[run], taken, out=taken)
-        taken *= scale
+        taken *= _column(scale, channels)
         target[run] = taken
-    return result
+    return placed(result, x.dtype, out)
 
 
 # --- derivatives ----------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import REQUIRED, Axes, Op, Sample, register
 from meshtape.runtime.ops.contraction import widen
 from meshtape.runtime.ops.rules import COMPLEX, floated, promoted
-from meshtape.runtime.ops.windows import Pairs, innermost, meetings, placed, pool_counts, span, tap_meetings
+from meshtape.runtime.ops.windows import Pairs, in_order_of, meetings, placed, pool_counts, span, tap_meetings
 from meshtape.runtime.shards import Shape
 
 Attrs = dict[str, Any]
@@ -141,7 +141,7 @@ def _max_grad_shape(g: Shape, tap: Shape, size: Shape, **geometry: Any) -> list[
 def _max_grad(xp: Any, g: Any, tap: Any, size: Shape, kernel: Shape, stride: Shape, padding: Pairs,
               dilation: Shape, ceil_mode: bool, out: Any = None) -> Any:
     dtype = g.dtype
-    g = _in_order_of(xp, tap, widen(g))
+    g = in_order_of(xp, tap, widen(g))
     apart = all(s >= span(k, d) for s, k, d in zip(stride, kernel, dilation, strict=True))
     covered = tuple(n * s for n, s in zip(g.shape[2:], stride, strict=True))
     make = xp.empty_like if apart and stride == kernel and covered == size else xp.zeros_like
@@ -156,15 +156,6 @@ def _max_grad(xp: Any, g: Any, tap: Any, size: Shape, kernel: Shape, stride: Sha
             else:
                 target[there] += upstream[here] * (number[here] == k)
     return placed(total, dtype, out)
-
-
-def _in_order_of(xp: Any, like: Any, x: Any) -> Any:
-    """`x` in the memory order of `like`: arrays that are stepped through together should lie alike."""
-    if innermost(xp, x) == innermost(xp, like):
-        return x
-    out = xp.empty_like(like, dtype=x.dtype)
-    out[...] = x
-    return out
 
 
 def _max_take_shape(x: Shape, tap: Shape, **geometry: Any) -> list[Shape]:

@@ -60,7 +60,16 @@ def placed(result: Any, dtype: Any, out: Any) -> Any:
 
 def innermost(xp: Any, x: Any) -> bool:
     """Whether the samples of `x` are innermost in memory, behind the spatial dimensions."""
-    return bool(xp.moveaxis(x, 0, -1).flags.c_contiguous)
+    return not x.flags.c_contiguous and bool(xp.moveaxis(x, 0, -1).flags.c_contiguous)
+
+
+def in_order_of(xp: Any, like: Any, x: Any) -> Any:
+    """`x` in the memory order of `like`: arrays that are stepped through together should lie alike."""
+    if innermost(xp, x) == innermost(xp, like):
+        return x
+    out = xp.empty_like(like, dtype=x.dtype)
+    out[...] = x
+    return out
 
 
 def products(xp: Any, left: Any, right: Any) -> Any:

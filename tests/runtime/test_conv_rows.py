@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meshtape.runtime.op import lookup
-from meshtape.runtime.ops import conv_rows
+from meshtape.runtime.ops import conv_rows, nn
 from meshtape.runtime.ops.windows import innermost
 
 Array = np.ndarray[Any, Any]
@@ -113,3 +113,27 @@ def test_pooling_keeps_the_order_in_memory(kernel: Any, stride: Any, padding: An
             got = run("max_pool_grad", upstream, taps, size=(8, 9), **attrs)
             assert innermost(np, got) == innermost(np, taps)
             np.testing.assert_array_equal(got, dx)
+
+
+@pytest.mark.parametrize("limit", [1, 40, 1 << 16])
+@pytest.mark.parametrize("shape", [(6, 4, 5, 3), (5, 3, 7), (4, 3), (1, 3, 4, 2), (6, 1, 2, 2)])
+def test_batch_normalization_is_the_same_in_either_order(monkeypatch: pytest.MonkeyPatch, shape: Any,
+                                                         limit: int) -> None:
+    monkeypatch.setattr(nn, "CACHED", limit)
+    x, g = RNG.normal(size=shape), RNG.normal(size=shape)
+    mean, rstd, weight, bias = (RNG.normal(size=shape[1]) for _ in range(4))
+    sums, count = RNG.normal(size=(2, shape[1])), x.size // shape[1]
+
+    def everything(x: Array, g: Array) -> list[Array]:
+        return [run("batch_mean", x, count=count), run("batch_variance", x, mean, count=count),
+                run("batch_norm", x, mean, rstd, weight, bias), run("batch_norm_sums", g, x, mean, rstd),
+                run("batch_norm", x, mean, rstd, 1.0, 0.0),
+                run("batch_norm_grad", g, x, mean, rstd, weight, sums)]
+
+    wanted = everything(x, g)
+    for given in (x, samples_innermost(x), np.asfortranarray(x)):
+        for upstream in (g, samples_innermost(g)):
+            found = everything(given, upstream)
+            assert innermost(np, found[2]) == innermost(np, given)
+            for got, true in zip(found, wanted, strict=True):
+                np.testing.assert_allclose(got, true, rtol=1e-10, atol=1e-12)
