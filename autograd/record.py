@@ -72,7 +72,7 @@ def apply(op: Op, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (),
         out.spec = single
         out.edge = node if node is None else (node, 0)
         return out
-    outs = []
+    outs: list[Tensor] = []
     for block, spec in zip(made, plan.outs, strict=True):
         out = _new(Tensor)
         out.block = block

@@ -21,7 +21,7 @@ from meshtape.runtime.shards import is_partial
 from meshtape.scheduler import current
 from meshtape.scheduler.interrupt import Whole
 from meshtape.scheduler.planner import Plan
-from meshtape.scheduler.session import Block, Session
+from meshtape.scheduler.session import Session
 from meshtape.scheduler.sites import Site, site_text, user_site
 
 Edge = tuple["AnyNode", int]
@@ -66,7 +66,7 @@ class Node(AnyNode):
 
     plan: Plan  # type: ignore[assignment]
     kept_in: Sequence[Any] | None       # None: freed by a backward
-    kept_out: list[Block] | None
+    kept_out: Any                       # list of Blocks, or None
     site: Site
 
     @property

@@ -24,13 +24,14 @@ from meshtape.scheduler.session import Block, Session
 class Tensor:
     """A tensor that the whole mesh holds and the program sees as one."""
 
-    __slots__ = ("__weakref__", "_grad", "_retain", "block", "edge", "spec")
+    __slots__ = ("__weakref__", "_grad", "block", "edge", "spec")
     __array_priority__ = 1000
     __array_ufunc__ = None
 
     block: Block
     spec: Spec
     edge: Any
+    _grad: Tensor | None        # not set before there is one
     _apply: Callable[..., Any]
 
     if TYPE_CHECKING:       # operators are installed below, array methods by meshtape.methods

@@ -94,8 +94,8 @@ class Optimizer:
         """Forget the parameters' gradients, or set them to zeros."""
         for group in self.param_groups:
             for p in group["params"]:
-                if p.raw_grad is not None:
-                    p.grad = None if set_to_none else zeros_like(p)
+                if getattr(p, "_grad", None) is not None:
+                    p._grad = None if set_to_none else zeros_like(p)
 
     # --- stepping -----------------------------------------------------------------------------------
 
