@@ -146,14 +146,14 @@ def _all_to_all(xp: Any, source: int, target: int, whole: Shape, parts: int, ind
 
 
 def compile_bucket(xp: Any, shapes: Sequence[Shape], combine: str, comm: Any) -> Bucket:
-    """All-reduce several local arrays of one dtype as one message.
+    """All-reduce several local arrays of one dtype as one message: Partial -> Replicate.
 
     The function takes (*arrays, out=None) and returns a list; out[i] is where result i goes, arrays[i] itself
     perhaps, or None for a fresh array.
     """
     def run(*arrays: Any, out: Sequence[Any] | None = None) -> list[Any]:
         results = _room(xp, shapes, arrays[0].dtype, out)
-        return list(comm.all_reduce_many([xp.asarray(x, order="C") for x in arrays], combine, results))
+        return list(comm.all_reduce_many(_contiguous(xp, arrays), combine, results))
 
     return run
 
@@ -168,8 +168,7 @@ def compile_scatter_bucket(xp: Any, shapes: Sequence[Shape], dims: Sequence[int]
 
     def run(*arrays: Any, out: Sequence[Any] | None = None) -> list[Any]:
         results = None if out is None else _room(xp, mine, arrays[0].dtype, out)
-        given = [xp.asarray(x, order="C") for x in arrays]
-        return list(comm.reduce_scatter_many(given, dims, combine, results))
+        return list(comm.reduce_scatter_many(_contiguous(xp, arrays), dims, combine, results))
 
     return run
 
@@ -181,9 +180,13 @@ def compile_gather_bucket(xp: Any, shapes: Sequence[Shape], dims: Sequence[int],
     """
     def run(*arrays: Any, out: Sequence[Any] | None = None) -> list[Any]:
         results = None if out is None else _room(xp, shapes, arrays[0].dtype, out)
-        return list(comm.all_gather_many([xp.asarray(x, order="C") for x in arrays], dims, shapes, results))
+        return list(comm.all_gather_many(_contiguous(xp, arrays), dims, shapes, results))
 
     return run
+
+
+def _contiguous(xp: Any, arrays: Sequence[Any]) -> list[Any]:
+    return [x if x.flags.c_contiguous else xp.ascontiguousarray(x) for x in arrays]
 
 
 def _room(xp: Any, shapes: Sequence[Shape], dtype: Any, out: Sequence[Any] | None) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from math import prod
 from typing import Any
 
@@ -12,7 +13,7 @@ import numpy as np
 from meshtape.runtime.collectives.base import Array, Communicator
 from meshtape.runtime.collectives.call import encode, verb_of
 from meshtape.runtime.collectives.many import Bands, Plan, cut, cut_by_counts
-from meshtape.runtime.collectives.reduction import UFUNCS, HostArray
+from meshtape.runtime.collectives.reduction import UFUNCS, HostArray, direct
 from meshtape.runtime.errors import CommAborted, CommError, DTypeError, ShapeError
 
 _NOTHING = np.dtype(np.uint8)
@@ -39,12 +40,16 @@ class HostCommunicator(Communicator):
         self._failure: CommError | None = None
         self._closed = False
         self._plans: dict[tuple[Any, ...], Plan] = {}
+        # Overflow to infinity is the caller's result, never a warning: one raised as an error would stop this
+        # rank alone and leave the others waiting. A context costs less per call than np.errstate.
+        self._quiet = copy_context()
+        self._quiet.run(np.seterr, all="ignore")
 
     def all_reduce(self, x: Array, op: str = "sum", out: Array | None = None) -> Array:
         plan = self._plan("all_reduce", (x,), None, None, op)
-        out = self._result("all_reduce", x.shape, x.dtype, out)
-        self._run(self._all_reduce, plan.call, plan.sent, plan, (x,), (out,))
-        return out
+        outs = self._results("all_reduce", plan, plan.shapes, None if out is None else (out,))
+        self._run(self._all_reduce, plan.call, plan.sent, plan, (x,), outs)
+        return outs[0]
 
     def reduce_scatter(self, x: Array, counts: Sequence[int], op: str = "sum",
                        out: Array | None = None) -> Array:
@@ -140,7 +145,7 @@ class HostCommunicator(Communicator):
         if self._failure is not None:
             self._raise_failure()
         try:
-            hook(call, *args)
+            self._quiet.run(hook, call, *args)
             self.calls += 1
             self.bytes_sent += sent
         except CommError as error:
@@ -196,18 +201,21 @@ class HostCommunicator(Communicator):
     def _plan(self, verb: str, arrays: Sequence[Array], dims: tuple[int, ...] | None,
               wholes: _Shapes | None, op: str) -> Plan:
         """The plan of a call with these arrays, once they are checked."""
+        dtype = getattr(arrays[0], "dtype", None) if len(arrays) else None
         for x in arrays:
             if type(x) is not np.ndarray or not x.flags.c_contiguous:
                 self._check(verb, x)
-        key = (verb, op, tuple([x.dtype for x in arrays]), tuple([x.shape for x in arrays]), dims, wholes)
+            if x.dtype is not dtype and x.dtype != dtype:
+                dtype = None
+        if dtype is None:
+            given = ", ".join(str(x.dtype) for x in arrays) or "nothing"
+            raise DTypeError(f"{verb}: got arrays of {given}; pass one or more, all of one dtype")
+        key = (verb, op, dtype, tuple([x.shape for x in arrays]), dims, wholes)
         plan = self._plans.get(key)
         return self._remember(key, self._new_plan(*key)) if plan is None else plan
 
-    def _new_plan(self, verb: str, op: str, dtypes: tuple[np.dtype[Any], ...], shapes: _Shapes,
+    def _new_plan(self, verb: str, op: str, dtype: np.dtype[Any], shapes: _Shapes,
                   dims: tuple[int, ...] | None, wholes: _Shapes | None) -> Plan:
-        if not shapes or len(set(dtypes)) != 1:
-            given = ", ".join(map(str, dtypes)) or "nothing"
-            raise DTypeError(f"{verb}: got arrays of {given}; pass one or more, all of one dtype")
         if op not in UFUNCS and verb != "all_gather_many":
             raise ShapeError(f"{verb}: unknown reduction {op!r}; use one of {', '.join(UFUNCS)}")
         whole = shapes if wholes is None else wholes
@@ -217,7 +225,7 @@ class HostCommunicator(Communicator):
         bands = () if dims is None else cut(whole, dims, self.size)
         # Of a single array only the elements count.
         detail = () if verb == "all_reduce" else (whole, dims)
-        plan = self._planned(verb, op, dtypes[0], whole, bands, detail)
+        plan = self._planned(verb, op, dtype, whole, bands, detail)
         if wholes is not None and shapes != plan.mine:
             raise ShapeError(f"{verb}: rank {self.rank} of {self.size} gave parts of shapes {list(shapes)}; "
                              f"its parts of {list(whole)} along {list(dims or ())} are {list(plan.mine)}")
@@ -243,7 +251,8 @@ class HostCommunicator(Communicator):
         else:
             sent = total - counts[self.rank]
         return Plan(encode(verb, op, dtype, total, detail), op, dtype, shapes, bands, counts,
-                    tuple(band.shape for band in bands[self.rank]) if bands else (), sent * dtype.itemsize)
+                    tuple(band.shape for band in bands[self.rank]) if bands else (), sent * dtype.itemsize,
+                    direct(dtype, op) if op else None)
 
     def _remember(self, key: tuple[Any, ...], plan: Plan) -> Plan:
         if len(self._plans) >= _PLANS:

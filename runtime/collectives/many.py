@@ -52,7 +52,8 @@ class Plan:
 
     bands[r][i] is rank r's part of array i and counts[r] the elements of rank r's parts together; both are
     empty for an all-reduce. `mine` are the shapes of this rank's parts, `sent` the payload bytes that it
-    moves to its peers, and `scripts` what a transport wants to remember.
+    moves to its peers, `ufunc` what reduces two arrays in one step, if anything does, and `scripts` what a
+    transport wants to remember.
     """
 
     call: int
@@ -63,6 +64,7 @@ class Plan:
     counts: tuple[int, ...] = ()
     mine: tuple[Shape, ...] = ()
     sent: int = 0
+    ufunc: Any = None
     scripts: dict[int, Any] = field(default_factory=dict)
 
     @property

@@ -31,14 +31,11 @@ def reduce_into(out: HostArray, parts: Sequence[HostArray], op: str) -> None:
     if len(parts) == 1:
         np.copyto(out, parts[0])
         return
-    # Overflow to infinity is the caller's result, never a warning: one raised as an error would stop this
-    # rank alone and leave the others waiting.
-    with np.errstate(all="ignore"):
-        ufunc = direct(out.dtype, op) if len(parts) == 2 else None
-        if ufunc is not None:
-            ufunc(parts[0], parts[1], out=out)
-        else:
-            _accumulate(out, parts, op)
+    ufunc = direct(out.dtype, op) if len(parts) == 2 else None
+    if ufunc is not None:
+        ufunc(parts[0], parts[1], out=out)
+    else:
+        _accumulate(out, parts, op)
 
 
 def direct(dtype: np.dtype[Any], op: str) -> Any:

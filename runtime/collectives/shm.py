@@ -27,7 +27,7 @@ from meshtape.runtime.collectives.call import describe, mismatch, uneven
 from meshtape.runtime.collectives.host import HostCommunicator
 from meshtape.runtime.collectives.links import Links
 from meshtape.runtime.collectives.many import Plan
-from meshtape.runtime.collectives.reduction import HostArray, direct, reduce_into, starts
+from meshtape.runtime.collectives.reduction import HostArray, reduce_into, starts
 from meshtape.runtime.collectives.turns import Script, Stage, Turn, exchange, gather, scatter, shares
 from meshtape.runtime.errors import CommTimeout
 from meshtape.runtime.shards import Shape
@@ -35,8 +35,11 @@ from meshtape.runtime.shards import Shape
 # Up to this many bytes, reading everybody's whole arrays is faster than more turns. Two ranks read the same
 # amount either way.
 ONE_TURN = 64 * 1024
-# Polls of a counter before the processor is offered to others, such offers before sleeping.
-SPINS, YIELDS = 150, 20
+# Polls of a counter before the processor is offered to others, and such offers before sleeping: half a
+# millisecond of them, in which a driver on the same processors finds its turn, since waking up from sleep
+# costs more than a small collective. With more ranks than processors, sleep soon: the peers need them.
+SPINS, YIELDS = 100, 1000
+CROWDED = 0, 20
 # The first sleeps are short, since a wake-up can be missed; later ones spare the processor.
 SHORT_SLEEP, SHORT_SLEEPS, LONG_SLEEP = 0.001, 50, 0.005
 
@@ -59,7 +62,7 @@ class ShmCommunicator(HostCommunicator):
         self._peers = [(peer, arena.progress(peer)) for peer in range(size) if peer != rank]
         self._turn = 0
         self._mailed: dict[tuple[int, int], int] = {}
-        self._spins, self._yields = (0, 0) if crowded else (SPINS, YIELDS)
+        self._spins, self._yields = CROWDED if crowded else (SPINS, YIELDS)
         self._areas = [[arena.area(r, parity) for r in range(size)] for parity in (0, 1)]
 
     # -- turns
@@ -185,21 +188,20 @@ class ShmCommunicator(HostCommunicator):
                 outs[i][... if key is None else key] = room
 
     def _reduce(self, plan: Plan, turn: Turn, given: Sequence[HostArray], outs: Sequence[HostArray]) -> None:
-        ufunc = direct(plan.dtype, plan.op) if self.size == 2 else None
-        if ufunc is None:
+        ufunc = plan.ufunc
+        if self.size > 2 or ufunc is None:
             for i, key, rooms, to in turn.reductions:
                 mine = given[i] if key is None else given[i][key]
                 out = outs[i] if to is None else outs[i][to]
                 reduce_into(out, [mine if room is None else room for room in rooms], plan.op)
             return
-        with np.errstate(all="ignore"):
-            for i, key, (first, second), to in turn.reductions:
-                mine = given[i] if key is None else given[i][key]
-                out = outs[i] if to is None else outs[i][to]
-                if first is None:
-                    ufunc(mine, second, out=out)
-                else:
-                    ufunc(first, mine, out=out)
+        for i, key, (first, second), to in turn.reductions:
+            mine = given[i] if key is None else given[i][key]
+            out = outs[i] if to is None else outs[i][to]
+            if first is None:
+                ufunc(mine, second, out=out)
+            else:
+                ufunc(first, mine, out=out)
 
     # -- other verbs
 
