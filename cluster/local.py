@@ -40,7 +40,9 @@ class InlineMesh(Mesh):
         self._check_open()
         run, = runs
         try:
-            self._replies.append(self._worker.run(run))
+            reply = self._worker.run(run)
+            if run.answer or reply.failures:
+                self._replies.append(reply)
         except KeyboardInterrupt:
             # The batch is answered as failed, so that whoever counts replies stays in step.
             failure = Failure(run.batch, 0, 0, "KeyboardInterrupt", "interrupted by the user")
@@ -124,7 +126,9 @@ class ThreadMesh(Mesh):
         try:
             worker = make(rank, self.shape, self._communicators[rank], "cpu")
             while (run := self._inboxes[rank].get()) is not None and not self._stopping.is_set():
-                self._replies.put(worker.run(run))
+                reply = worker.run(run)
+                if run.answer or reply.failures:
+                    self._replies.put(reply)
         except BaseException as error:
             # A worker reports kernels' failures in its replies; what escapes is the end of this worker.
             self._replies.put(WorkerLost(f"worker {rank} (a thread of this process) broke: "

@@ -134,7 +134,10 @@ def answer(channel: Channel, worker: Any, guard: Guard) -> None:
             break
         if message.kind != RUN:
             raise ValueError(f"a driver sends runs, not messages of kind {message.kind}")
-        channel.send(reply_frame(worker.run(run_of(message))))
+        run = run_of(message)
+        reply = worker.run(run)
+        if run.answer or reply.failures:
+            channel.send(reply_frame(reply))
 
 
 def report(channel: Channel, text: str) -> None:

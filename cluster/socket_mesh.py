@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import select
 import time
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -33,8 +34,9 @@ class SocketMesh(ProcessMesh):
         self._channels = list(channels)
         self._memory = memory
         self._memories = [channel.memory for channel in channels]
-        # Arrays in that memory that a batch feeds, and how many ranks have yet to answer it.
-        self._fed: dict[int, tuple[list[Any], list[int]]] = {}
+        # Batches that feed arrays in that memory, with these; and the last batch that each rank answered.
+        self._fed: deque[tuple[int, list[Any]]] = deque()
+        self._answered = [0] * len(channels)
         self._ready: list[list[str]] = []       # the kinds of the communicators of each rank that is ready
         self._rank_of = {channel.fileno(): rank for rank, channel in enumerate(channels)}
         self._poller = select.poll()
@@ -59,7 +61,7 @@ class SocketMesh(ProcessMesh):
         self._check_open()
         frames = wire.run_frames(runs, self._memories)
         if runs[0].feeds and self._memory is not None:
-            self._fed[runs[0].batch] = ([run.feeds for run in runs], [len(runs)])
+            self._fed.append((runs[0].batch, [run.feeds for run in runs]))
         try:
             for rank, (channel, buffers) in enumerate(zip(self._channels, frames, strict=True)):
                 try:
@@ -119,11 +121,9 @@ class SocketMesh(ProcessMesh):
             case wire.REPLY:
                 reply = wire.reply_of(message)
                 self._replies.append(reply)
-                fed = self._fed.get(reply.batch)
-                if fed is not None:
-                    fed[1][0] -= 1
-                    if not fed[1][0]:
-                        del self._fed[reply.batch]
+                self._answered[reply.rank] = reply.batch
+                while self._fed and self._fed[0][0] <= min(self._answered):
+                    self._fed.popleft()
             case wire.READY:
                 self._ready.append(message.head)
             case wire.BROKEN:

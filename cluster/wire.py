@@ -115,7 +115,7 @@ def run_frames(
     """One frame per run of a batch, whose common part is packed once. `memories`: what each rank can read."""
     first = runs[0]
     head = pack((first.batch, first.digest, first.ids, first.scalars, first.fetch, first.frees, first.drop,
-                 first.program, first.trace))
+                 first.program, first.trace, first.answer))
     if not any(run.feeds for run in runs):
         return [frame(RUN, head)] * len(runs)
     return [frame(RUN, head, run.feeds, memory)
@@ -123,9 +123,9 @@ def run_frames(
 
 
 def run_of(message: Message) -> Run:
-    batch, digest, ids, scalars, fetch, frees, drop, program, trace = message.head
+    batch, digest, ids, scalars, fetch, frees, drop, program, trace, answer = message.head
     return Run(batch, digest, ids, scalars, message.arrays, [Fetch(i, type_from_wire(t)) for i, t in fetch],
-               frees, drop, None if program is None else program_from_wire(program), trace)
+               frees, drop, None if program is None else program_from_wire(program), trace, answer)
 
 
 def reply_frame(reply: Reply) -> list[Buffer]:

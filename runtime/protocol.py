@@ -58,7 +58,9 @@ class Run(NamedTuple):
 
     `feeds` are this worker's pieces of the arrays fed in, in order of the body's "feed" instructions. With
     `trace` the reply tells how long every step took.
-    `frees` are ids to drop first, `drop` digests that will not come again.
+    `frees` are ids to drop first, `drop` digests that will not come again. Without `answer` the worker replies
+    only if something failed; a reply says that all batches before it were run as well, and those without a
+    reply of their own without a failure.
     """
 
     batch: int
@@ -71,6 +73,7 @@ class Run(NamedTuple):
     drop: list[bytes]
     program: Program | None
     trace: bool = False
+    answer: bool = True
 
 
 class Failure(NamedTuple):

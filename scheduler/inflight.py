@@ -38,7 +38,8 @@ class Inflight:
         self.shape = tuple(mesh.shape)
         self.coords = [coordinate(r, mesh.shape) for r in range(mesh.size)]
         self.sent: dict[int, Sent] = {}
-        self.answered = 0
+        self.answered = 0                   # all ranks have run the batches up to this one
+        self._ran = [0] * mesh.size         # and each rank those up to this one
         self.values: dict[int, Any] = {}            # by id: fetched values that nobody has asked for yet
         self.poisoned: dict[int, WorkerError] = {}
         self.errors: list[WorkerError] = []
@@ -85,6 +86,14 @@ class Inflight:
         if self.tracer is not None:
             self.tracer.driver("wait", start)
             self.tracer.replied(reply)
+        rank = reply.rank
+        for batch in range(self._ran[rank] + 1, reply.batch):
+            self._ran_by(Reply(rank, batch, [], []))        # nothing was asked for, and nothing failed
+        self._ran_by(reply)
+
+    def _ran_by(self, reply: Reply) -> None:
+        """One rank has run one batch."""
+        self._ran[reply.rank] = reply.batch
         sent = self.sent[reply.batch]
         sent.replies.append(reply)
         if len(sent.replies) == self.mesh.size:

@@ -28,7 +28,9 @@ from meshtape.scheduler.sites import Site, user_site
 from meshtape.scheduler.trace import Tracer
 
 PENDING_LIMIT = 1024        # instructions after which a batch is sent unasked
-IN_FLIGHT = 8               # batches sent and not yet answered; at more, wait until half of them are answered
+IN_FLIGHT = 8               # batches sent and not yet answered
+ANSWER_EVERY = 4            # batches of which one is answered though nothing is fetched: a driver that is woken
+                            # takes the processor from a worker
 BODIES = 512                # programs that workers keep
 SMALL = 1 << 16             # bytes up to which a Partial tensor is fetched as addends and combined here
 
@@ -109,6 +111,7 @@ class Session:
         self._known: set[bytes] = set()         # digests whose programs the workers have
         self._drop: list[bytes] = []
         self._batch = 0
+        self._asked = 0                     # the last batch that will be answered even if all goes well
         self.inflight = Inflight(mesh)
         self.last: Sent | None = None       # the last batch with a body, for explain()
         self._begin()
@@ -284,8 +287,11 @@ class Session:
 
     # --- sending ------------------------------------------------------------------------------------
 
-    def flush(self, fetch: Sequence[Fetch] = ()) -> int:
-        """Send the pending batch, without waiting for it; returns its number."""
+    def flush(self, fetch: Sequence[Fetch] = (), *, ask: bool = False) -> int:
+        """Send the pending batch, without waiting for it; returns its number.
+
+        With `ask` the workers will answer up to here, if need be by an empty batch.
+        """
         self.check()
         start = perf_counter_ns() if self.tracer is not None else 0
         dead, frees = list(self.temporary), []
@@ -296,7 +302,7 @@ class Session:
                 frees.append(name)
             else:
                 dead.append(slot)
-        if not self.body and not frees and not fetch:
+        if not self.body and not frees and not fetch and not (ask and self._asked < self._batch):
             return self._batch
         body = self._body(tuple(sorted(dead))) if self.body else None
         wanted = list(fetch)
@@ -304,16 +310,18 @@ class Session:
             unasked = {self.names[s]: s for s in sorted(body.asked) if s not in dead}
             wanted += [Fetch(name, body.types[s]) for name, s in unasked.items()]
             self.inflight.unread.update((name, (body, s)) for name, s in unasked.items())
+        batch = self._batch + 1
+        answer = ask or bool(wanted) or batch % ANSWER_EVERY == 0 or self.tracer is not None
         digest, fresh = (b"", False) if body is None else (body.digest, body.digest not in self._known)
-        batch, feeds = self._batch + 1, self._cut_feeds(() if body is None else body.feeds)
+        feeds = self._cut_feeds(() if body is None else body.feeds)
         runs = [Run(batch, digest, self.names, self.scalars, feeds[rank], wanted, frees, self._drop,
-                    body.program if body and fresh else None, self.tracer is not None)
+                    body.program if body and fresh else None, self.tracer is not None, answer)
                 for rank in range(self.mesh.size)]
         ops = len(self.sites)
         with Whole():       # what is noted as sent is sent, to all
             self._count(body is not None and not fresh)
             sent = Sent(body, self.names, self.sites, wanted, frees, [])
-            self._batch, self._drop = batch, []
+            self._batch, self._asked, self._drop = batch, batch if answer else self._asked, []
             self.inflight.add(batch, sent)
             if body is not None:
                 self.last = sent
@@ -323,10 +331,8 @@ class Session:
         if self.tracer is not None:
             fed = sum(a.nbytes for rank in feeds for a in rank)
             self.tracer.flushed(batch, start, ops, not fresh, fed)
-        if self._batch - self.inflight.answered > IN_FLIGHT:
-            # Several replies are read at one waking: the driver may share the processor with workers.
-            while self._batch - self.inflight.answered > IN_FLIGHT // 2:
-                self.inflight.collect()
+        while self._batch - self.inflight.answered > IN_FLIGHT:
+            self.inflight.collect()
         return self._batch
 
     def _count(self, hit: bool) -> None:
@@ -418,8 +424,7 @@ class Session:
 
     def wait(self) -> None:
         """Flush, then wait until every batch is answered; raises what went wrong on a worker."""
-        self.flush()
-        self.inflight.wait_for(self._batch)
+        self.inflight.wait_for(self.flush(ask=True))
 
     def trace(self, tracer: Tracer | None) -> None:
         """Note what driver and workers do in `tracer` from now on (None: no more)."""

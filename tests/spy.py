@@ -44,11 +44,12 @@ class Spy:
 
     def __init__(self, session: Session) -> None:
         self.batches: list[Batch] = []
-        self.in_flight = self.most_in_flight = 0
+        self.most_in_flight = 0
+        self._inflight = session.inflight
         self._mesh = session.mesh
         self._programs: dict[bytes, Program] = {}
-        self._send, self._collect = session.mesh.send, session.mesh.collect
-        vars(session.mesh).update(send=self.send, collect=self.collect)
+        self._send = session.mesh.send
+        vars(session.mesh).update(send=self.send)
 
     def send(self, runs: Sequence[Run]) -> None:
         run = runs[0]
@@ -56,14 +57,8 @@ class Spy:
             self._programs[run.digest] = run.program
         self.batches.append(Batch(self._programs.get(run.digest), run.program is not None, list(run.ids),
                                   len(run.feeds), len(run.fetch), list(run.frees)))
-        self.in_flight += len(runs)
-        self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        self.most_in_flight = max(self.most_in_flight, len(self._inflight.sent))
         self._send(runs)
-
-    def collect(self, timeout: float | None = None) -> Any:
-        reply = self._collect(timeout)
-        self.in_flight -= reply is not None
-        return reply
 
     def take(self) -> list[Batch]:
         """The batches noted since the last call."""
