@@ -25,6 +25,8 @@ class Spec(NamedTuple):
 class Eager:
     """An array and the call that made it: (op, attrs, inputs, outputs)."""
 
+    requires_grad = True
+
     def __init__(self, array: Any, made: Any = None) -> None:
         self.array = np.asarray(array)
         self.made = made

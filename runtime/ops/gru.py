@@ -15,91 +15,99 @@ from meshtape.runtime.op import lookup
 from meshtape.runtime.ops.activation import sigmoid
 from meshtape.runtime.ops.contraction import matmul
 from meshtape.runtime.ops.pointwise import add, mul, sub, tanh
-from meshtape.runtime.ops.recurrent import Layer, halve_and_shift, projected, stacked, weight_grads, wide
+from meshtape.runtime.ops.recurrent import Layer
+from meshtape.runtime.ops.recurrent_steps import Sweep, halve_and_shift, joint_input, joint_weights, wide
+from meshtape.runtime.panels import Panels
 
 ORDER = (0, 1, 2)
 
 
 def _gru(xp: Any, x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> Any:
-    dtype, width = x.dtype, w_hh.shape[1]
+    dtype, (batch, width) = x.dtype, h0.shape
     x, h, w_ih, w_hh, b_ih, b_hh = map(wide, (x, h0, w_ih, w_hh, b_ih, b_hh))
-    y = xp.empty((*x.shape[:2], width), x.dtype)
-    saved = xp.empty((4, *y.shape), x.dtype)
-    bias, bias_m = b_ih, b_hh
-    if hasattr(b_hh, "dtype"):
-        bias_m = b_hh[2 * width:]
-        bias = xp.concatenate([b_hh[:2 * width], xp.zeros(width, b_hh.dtype)]) + b_ih
-    projected(xp, x, w_ih, bias, ORDER, 2, saved[:3])
-    weight, held = stacked(xp, w_hh, ORDER, 2), xp.empty((3, *h.shape), h.dtype)
-    u = xp.empty(h.shape, h.dtype)
+    y, saved = xp.empty((len(x), batch, width), x.dtype), xp.empty((len(x), 4, batch, width), x.dtype)
+    joint = joint_input(xp, x, h)
+    of_both, of_hidden, of_input = _weights(xp, w_ih, w_hh, b_ih, b_hh, batch)
+    a, u = xp.empty((3, batch, width), x.dtype), xp.empty((batch, width), x.dtype)
+    rows, sums = of_both.rows(joint), of_both.places(a[:2])
+    hidden, kept_m = of_hidden.rows(joint[:, :, :width + 1]), of_hidden.places(saved[:, 3:])
+    fed, sum_n = of_input.rows(joint[:, :, width:]), of_input.places(a[2:])
+    gates, n_sum = a[:2], a[2]
     for t in range(len(x)):
-        xp.matmul(h, weight, out=held)
-        a = saved[:2, t]
-        a += held[:2]
-        xp.tanh(a, out=a)
-        halve_and_shift(a)
-        r, z = a
-        m = xp.add(held[2], bias_m, out=saved[3, t])
-        n = saved[2, t]
-        n += xp.multiply(r, m, out=u)
-        xp.tanh(n, out=n)
+        s, n, m = saved[t, :2], saved[t, 2], saved[t, 3]
+        xp.matmul(rows[t], of_both.blocks, out=sums)
+        xp.matmul(hidden[t], of_hidden.blocks, out=kept_m[t])
+        xp.matmul(fed[t], of_input.blocks, out=sum_n)
+        xp.tanh(gates, out=s)
+        halve_and_shift(s)
+        n_sum += xp.multiply(s[0], m, out=u)
+        xp.tanh(n_sum, out=n)
         xp.subtract(h, n, out=u)
-        u *= z
+        u *= s[1]
         h = xp.add(n, u, out=y[t])
+        joint[t + 1, :, :width] = h
     return y.astype(dtype, copy=False), saved
 
 
+def _weights(xp: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, batch: int) -> list[Panels]:
+    """For r and z from (h, 1, x), for m from (h, 1), and for the input's part of n from (1, x)."""
+    width = w_hh.shape[1]
+    both = joint_weights(xp, w_ih, w_hh, b_ih + b_hh, (0, 1), 2)
+    new_hidden, new_input = (joint_weights(xp, w_ih, w_hh, b, (2,), 0) for b in (b_hh, b_ih))
+    return [Panels(xp, w, batch) for w in (both, new_hidden[:, :width + 1], new_input[:, width:])]
+
+
 def _gru_grad(xp: Any, g_y: Any, g_saved: Any, x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any,
-              y: Any, saved: Any) -> Any:
+              y: Any, saved: Any, input_grad: bool) -> Any:
     """Gradients of the pre-activations lie as m, r, z, n: the first three are the hidden part's, the last
     three the input's."""
-    dtype, width = x.dtype, w_hh.shape[1]
+    dtype = x.dtype
     g_y, x, h0, w_ih, w_hh, y = map(wide, (g_y, x, h0, w_ih, w_hh, y))
-    d = xp.empty((*y.shape[:2], 4 * width), y.dtype)
-    dh, room = xp.zeros(h0.shape, h0.dtype), xp.empty((4, *h0.shape), h0.dtype)
-    turned = xp.concatenate([w_hh[2 * width:], w_hh[:2 * width]])
-    for t in reversed(range(len(y))):
-        if hasattr(g_y, "dtype"):
-            dh += g_y[t]
-        through = g_saved[:, t] if hasattr(g_saved, "dtype") else None
-        _step_grad(xp, d[t], dh, saved[:, t], y[t - 1] if t else h0, through, room)
-        dh *= saved[1, t]
-        dh += xp.matmul(d[t, :, :3 * width], turned, out=room[0])
-    hidden, inputs = d[:, :, :3 * width], d[:, :, width:]
-    dx, dw_ih, dw_hh, db_ih, db_hh = weight_grads(xp, inputs, x, h0, y, w_ih, hidden)
-    dw_hh, db_hh = (xp.concatenate([a[width:], a[:width]]) for a in (dw_hh, db_hh))
-    return tuple(a.astype(dtype, copy=False) for a in (dx, dh, dw_ih, dw_hh, db_ih, db_hh))
+    dh, back, u = (xp.zeros(h0.shape, h0.dtype) for _ in range(3))
+    sweep = Sweep(xp, x, h0, y, w_ih, w_hh, (2, 0, 1), ORDER, 4, back, input_grad)
+    for run in sweep.runs():
+        for steps in sweep.parts(run):
+            factors = _factors(xp, saved[steps], y[steps])
+            direct = _direct(xp, g_saved[steps], saved[steps]) if hasattr(g_saved, "dtype") else None
+            for k in reversed(range(len(factors))):
+                t = steps.start + k
+                if hasattr(g_y, "dtype"):
+                    dh += g_y[t]
+                d = sweep.by_block[t - run.start]
+                xp.multiply(factors[k], dh, out=d)
+                if direct is not None:
+                    d += direct[k]
+                sweep.back(t - run.start)
+                xp.multiply(dh, saved[t, 1], out=u)
+                xp.add(back, u, out=dh)
+    dx, *rest = sweep.results()
+    return tuple(a.astype(dtype, copy=False) for a in (dx, dh, *rest))
 
 
-def _step_grad(xp: Any, d: Any, dh: Any, saved: Any, before: Any, through: Any, room: Any) -> None:
-    """Fills `d` (B, 4H) with the gradients of one step's pre-activations; `room` is overwritten.
-
-    `through` are gradients that reach what was saved (4, B, H) itself.
+def _factors(xp: Any, saved: Any, y: Any) -> Any:
+    """Factors (steps, 4, B, H) from dh to the gradients of m, r, z and n, before weight_hh is gone back
+    through.
     """
-    width = dh.shape[1]
-    d_m, d_r, d_z, d_n = (d[:, k * width:(k + 1) * width] for k in range(4))
-    (r, z, n, m), s, slopes, u, v = saved, saved[:2], room[:2], room[2], room[3]
-    xp.multiply(s, s, out=slopes)
-    xp.subtract(s, slopes, out=slopes)
-    xp.subtract(before, n, out=u)
-    u *= dh
-    if through is not None:
-        u += through[1]
-    xp.multiply(u, slopes[1], out=d_z)
-    xp.subtract(1, z, out=u)
-    u *= dh
-    if through is not None:
-        u += through[2]
-    xp.multiply(n, n, out=v)
-    xp.subtract(1, v, out=v)
-    u *= v
-    d_n[...] = u
-    xp.multiply(u, r, out=d_m)
-    u *= m
-    if through is not None:
-        d_m += through[3]
-        u += through[0]
-    xp.multiply(u, slopes[0], out=d_r)
+    r, z, n, m = saved.swapaxes(0, 1)
+    found, u = xp.empty(saved.shape, saved.dtype), xp.subtract(1, z)
+    by_m, by_r, by_z, by_n = found.swapaxes(0, 1)
+    xp.subtract(y, n, out=by_z)
+    by_z *= u                                   # z * (1 - z) * (h_{t-1} - n)
+    xp.multiply(u, n, out=by_n)
+    by_n *= n
+    xp.subtract(u, by_n, out=by_n)              # (1 - z) * (1 - n^2)
+    xp.multiply(by_n, r, out=by_m)
+    xp.multiply(by_m, m, out=u)
+    xp.multiply(u, r, out=by_r)
+    xp.subtract(u, by_r, out=by_r)              # (1 - z) * (1 - n^2) * m * r * (1 - r)
+    return found
+
+
+def _direct(xp: Any, g: Any, saved: Any) -> Any:
+    """What gradients of r, z, n, m themselves add to those of m and the pre-activations of r, z, n."""
+    (g_r, g_z, g_n, g_m), (r, z, n, m) = g.swapaxes(0, 1), saved.swapaxes(0, 1)
+    by_n = g_n * (1 - n * n)
+    return xp.stack([by_n * r + g_m, (by_n * m + g_r) * (r - r * r), g_z * (z - z * z), by_n], axis=1)
 
 
 def _gru_steps(x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> Any:
@@ -114,8 +122,8 @@ def _gru_steps(x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> A
         h = add(n, mul(z, sub(h, n)))
         hs.append(h)
         saved.append(stack(r, z, n, m, axis=0))
-    return stack(*hs, axis=0), stack(*saved, axis=1)
+    return stack(*hs, axis=0), stack(*saved, axis=0)
 
 
-# Outputs: all hidden states, and r, z, n, m (4, T, B, H) for backward.
+# Outputs: all hidden states, and r, z, n, m (T, 4, B, H) for backward.
 gru, gru_grad = Layer("gru", gates=3, states=1, saved=4).declare(_gru, _gru_grad, _gru_steps, "y saved")

@@ -10,8 +10,10 @@ import pytest
 from eager import slope
 
 import meshtape.runtime.ops  # noqa: F401  fills the table
+from meshtape.runtime import panels
 from meshtape.runtime.errors import DTypeError, ShapeError
 from meshtape.runtime.op import TABLE, Op
+from meshtape.runtime.ops import recurrent_steps
 from meshtape.runtime.ops.recurrent import Layer
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
@@ -68,6 +70,11 @@ def forward(name: str, *given: Any) -> tuple[Any, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
+def gradients(name: str, *given: Any, **changed: Any) -> tuple[Any, ...]:
+    op = TABLE[f"{name}_grad"]
+    return op.kernel(np, *given, **{**op.attrs, **changed})
+
+
 @pytest.mark.parametrize("name", GATES)
 @pytest.mark.parametrize("biased", [True, False])
 def test_forward_is_the_steps_one_after_the_other(name: str, biased: bool) -> None:
@@ -90,7 +97,7 @@ def test_gradients_are_the_slopes_of_the_steps(name: str, biased: bool) -> None:
     states = by_steps(name, *given)
     weights = [rng.normal(size=s.shape) for s in states]
     rest = [0.0] * (len(outs) - len(states))
-    grads = TABLE[f"{name}_grad"].kernel(np, *weights, *rest, *given, *outs, **attrs(name))
+    grads = gradients(name, *weights, *rest, *given, *outs)
     total = lambda: float(sum((w * s).sum() for w, s in zip(weights, by_steps(name, *given), strict=True)))
     for k, (x, g) in enumerate(zip(given, grads, strict=True)):
         if isinstance(x, np.ndarray):
@@ -98,12 +105,42 @@ def test_gradients_are_the_slopes_of_the_steps(name: str, biased: bool) -> None:
 
 
 @pytest.mark.parametrize("name", GATES)
+def test_how_steps_and_products_are_divided_changes_nothing(name: str,
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+    given = inputs(name, 7, 32, 6, 64)
+    monkeypatch.setattr(panels, "blas_core", lambda: "")
+    monkeypatch.setattr(recurrent_steps, "ROWS", 1 << 20)
+    monkeypatch.setattr(recurrent_steps, "CACHED", 1 << 20)
+    outs = forward(name, *given)
+    cotangents = [np.random.default_rng(k).normal(size=o.shape) for k, o in enumerate(outs)]
+    wanted = gradients(name, *cotangents, *given, *outs)
+    monkeypatch.setattr(panels, "blas_core", lambda: "SkylakeX")
+    for rows, cached in ((1, 1), (3 * 32, 2 * 32 * 64), (5 * 32, 1 << 20)):
+        monkeypatch.setattr(recurrent_steps, "ROWS", rows)
+        monkeypatch.setattr(recurrent_steps, "CACHED", cached)
+        for a, b in zip(forward(name, *given), outs, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12)
+        for a, b in zip(gradients(name, *cotangents, *given, *outs), wanted, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_the_gradient_of_the_input_can_be_left_out(name: str) -> None:
+    given = inputs(name)
+    outs = forward(name, *given)
+    every = gradients(name, *outs, *given, *outs)
+    none, *rest = gradients(name, *outs, *given, *outs, input_grad=False)
+    assert none.shape == (0, *given[0].shape[1:])
+    for a, b in zip(every[1:], rest, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", GATES)
 def test_a_gradient_that_is_not_there_counts_as_zero(name: str) -> None:
     given = inputs(name)
     outs = forward(name, *given)
-    grad = TABLE[f"{name}_grad"]
-    zeros = grad.kernel(np, *(np.zeros_like(o) for o in outs), *given, *outs, **attrs(name))
-    absent = grad.kernel(np, *(0.0 for _ in outs), *given, *outs, **attrs(name))
+    zeros = gradients(name, *(np.zeros_like(o) for o in outs), *given, *outs)
+    absent = gradients(name, *(0.0 for _ in outs), *given, *outs)
     for a, b in zip(zeros, absent, strict=True):
         assert not a.any() and not b.any() and a.shape == b.shape
 
@@ -122,7 +159,7 @@ def test_half_precision_is_accumulated_in_single(name: str) -> None:
 def test_saturated_gates_stay_finite(name: str) -> None:
     given = [np.float32(a * 1e4) for a in inputs(name)]
     outs = forward(name, *given)
-    grads = TABLE[f"{name}_grad"].kernel(np, *(np.ones_like(o) for o in outs), *given, *outs, **attrs(name))
+    grads = gradients(name, *(np.ones_like(o) for o in outs), *given, *outs)
     assert all(np.isfinite(a).all() for a in outs[:1])
     assert not np.isnan(grads[0]).any()
 
