@@ -22,7 +22,7 @@ from _models import MODELS, TINY
 from _training import meshtape_run, torch_run
 
 WORKERS = ("1", "2", "4", "8", "16", "32", "64")
-CONTENDERS = ("torch", "mesh1", "mesh2")
+FIGURES = {"torch": ("torch",), "mesh1": ("driver", "whole"), "mesh2": ("driver2",)}
 MANY = "mlp64"          # what is trained on many workers
 STEPS = 20
 SHAPES = [name for name in TINY if name != "mlp784"]      # in tiny, mlp784 is mlp64
@@ -92,20 +92,22 @@ def many_workers(counts: list[str], rounds: int) -> dict[str, Any]:
         return {"messages": {count: c.about[0] for count, c in running.items()}, "us": times}
 
 
-def tiny_steps(model: str, rounds: int) -> _runner.Times:
+def tiny_steps(model: str, names: list[str], rounds: int) -> _runner.Times:
     """Microseconds per tiny step: torch, driver, whole, driver2."""
     steps = TINY[model].steps
-    with _runner.contenders(__file__, model, {name: (1, {}) for name in CONTENDERS}) as running:
-        times: _runner.Times = {name: [] for name in ("torch", "driver", "whole", "driver2")}
+    with _runner.contenders(__file__, model, {name: (1, {}) for name in names}) as running:
+        times: _runner.Times = {figure: [] for name in names for figure in FIGURES[name]}
         for _ in range(rounds):
-            (theirs,), ((driver, whole),), (second,) = (running[name].ask(steps) for name in CONTENDERS)
-            for name, seconds in zip(times, (theirs, driver, whole, second), strict=True):
-                times[name].append(1e6 * seconds)
+            for name, contender in running.items():
+                answer, = contender.ask(steps)
+                seconds = answer if isinstance(answer, list) else [answer]
+                for figure, t in zip(FIGURES[name], seconds, strict=True):
+                    times[figure].append(1e6 * t)
         return times
 
 
 def main() -> None:
-    parser = _runner.parser(__doc__, SHAPES, CONTENDERS, rounds=9, case="models")
+    parser = _runner.parser(__doc__, SHAPES, FIGURES, rounds=9, case="models")
     parser.add_argument("--workers", default=",".join(WORKERS))
     options = parser.parse_args()
     if options.serve:
@@ -115,11 +117,11 @@ def main() -> None:
     print(_runner.row("workers", ["messages", "us", "us/worker"]) + "   per step")
     for count, us in _runner.medians(figures["many"]["us"]).items():
         print(_runner.row(count, [figures["many"]["messages"][count], us, us / int(count)]))
-    print(_runner.row("tiny, us", ["torch", "driver", "whole", "driver2", "torch/driver"]))
+    names = options.contenders.split(",")
+    print(_runner.row("tiny, us", [figure for name in names for figure in FIGURES[name]]))
     for model in options.models.split(","):
-        figures["tiny"][model] = tiny_steps(model, options.rounds)
-        found = _runner.medians(figures["tiny"][model])
-        print(_runner.row(model, [*found.values(), f"{found['torch'] / found['driver']:.2f}"]), flush=True)
+        figures["tiny"][model] = tiny_steps(model, names, options.rounds)
+        print(_runner.row(model, list(_runner.medians(figures["tiny"][model]).values())), flush=True)
     _runner.write_json(options.json, figures)
 
 

@@ -26,6 +26,11 @@ def build(role: _runner.Role) -> tuple[_runner.Run, None]:
     return _runner.timed(run), None
 
 
+def gflops(contender: _runner.Contender, products: int = PRODUCTS) -> float:
+    """Of the slower process."""
+    return 2e-9 * SIZE ** 3 / contender.seconds(products)
+
+
 def main() -> None:
     parser = _runner.parser(__doc__, ["gemm"], ["1", "2"], rounds=15)
     options = parser.parse_args()
@@ -34,7 +39,7 @@ def main() -> None:
         return
     wanted = {name: (int(name), {}) for name in options.contenders.split(",")}
     with _runner.contenders(__file__, "gemm", wanted) as running:
-        turns = {name: (lambda c=c: 2e-9 * SIZE ** 3 / c.seconds(PRODUCTS)) for name, c in running.items()}
+        turns = {name: (lambda c=c: gflops(c)) for name, c in running.items()}
         figures = _runner.take_turns(turns, options.rounds)
     for name, found in _runner.medians(figures).items():
         print(f"{name} at once: {found:.0f} GFLOP/s each")

@@ -11,11 +11,13 @@ that b is faster.
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable
 from typing import Any
 
 import _runner
+import machine
 import numpy as np
 from _models import MODELS, TINY, Model
 from _training import jax_run, meshtape_run, torch_run
@@ -53,7 +55,7 @@ def starter(role: _runner.Role) -> tuple[Callable[[Model], _runner.Run], Any]:
         return meshtape_run, mt
     if role.name.startswith("jax"):
         from _jax_models import FORWARD
-        return lambda model: jax_run(model, FORWARD[role.case]), None
+        return lambda model: jax_run(model, FORWARD[role.case.partition("/")[0]]), None
     if role.name == "ddp":
         import torch.distributed as dist
         dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{role.port}", rank=role.rank,
@@ -68,10 +70,11 @@ def build(role: _runner.Role) -> tuple[_runner.Run, dict[str, Any]]:
     The memory counts from after some steps of the same model in tiny, which load what loads late.
     """
     start, mt = starter(role)
+    case, _, size = role.case.partition("/")
     if role.name != "compile":
-        start(TINY[role.case])(3)
+        start(TINY[case])(3)
     peak = peak_growth(mt)
-    run = start(MODELS[role.case])
+    run = start((TINY if size == "tiny" else MODELS)[case])
     losses = [run(1) for _ in range(3)]
     for _ in range(3):
         run(4)
@@ -89,24 +92,33 @@ def check_losses(model: str, contenders: dict[str, _runner.Contender]) -> None:
             raise SystemExit(f"{model}: losses of {name} are {found}, those of {first} {expected}")
 
 
-def compare(model: str, names: list[str], rounds: int, weak: bool) -> dict[str, Any]:
-    """Milliseconds by contender, "NAME 2B" for a batch twice as large, and bytes of memory."""
+def compare(model: str, names: list[str], options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds by contender, "NAME 2B" for a batch twice as large; bytes of memory; and the machine's
+    GFLOP/s with one and with two processes at work, measured between the turns.
+    """
     steps = MODELS[model].steps
-    with _runner.contenders(__file__, model, {name: CONTENDERS[name] for name in names}) as running:
+    case = f"{model}/tiny" if options.tiny else model
+    probe = {"gemm1": (1, {}), "gemm2": (2, {})} if options.probe else {}
+    with (_runner.contenders(__file__, case, {name: CONTENDERS[name] for name in names}) as running,
+          _runner.contenders(machine.__file__, "gemm", probe) as gemm):
         check_losses(model, running)
         turns = {name: (lambda c=c: 1e3 * c.seconds(steps)) for name, c in running.items()}
-        if weak:
-            for name in TWOFOLD & running.keys():
-                c, half = running[name], (steps + 1) // 2
-                c.seconds(4, 2)
-                turns[f"{name} 2B"] = lambda c=c, half=half: 1e3 * c.seconds(half, 2)
-        return {"ms": _runner.take_turns(turns, rounds),
+        turns |= {name: (lambda c=c: machine.gflops(c, 2)) for name, c in gemm.items()}
+        for name in (n for n in names if options.weak and n in TWOFOLD):
+            c, half = running[name], (steps + 1) // 2
+            c.seconds(4, 2)
+            turns[f"{name} 2B"] = lambda c=c, half=half: 1e3 * c.seconds(half, 2)
+        times = _runner.take_turns(turns, options.rounds)
+        return {"ms": {name: t for name, t in times.items() if name not in gemm},
+                "gflops": {name: times[name] for name in gemm},
                 "peak": {name: max(a["peak"] for a in c.about) for name, c in running.items()}}
 
 
 def main() -> None:
     parser = _runner.parser(__doc__, MODELS, USUAL, rounds=11, case="models")
     parser.add_argument("--weak", action="store_true", help="also a batch twice as large, on two workers")
+    parser.add_argument("--probe", action="store_true", help="also what benchmarks/machine.py measures")
+    parser.add_argument("--tiny", action="store_true", help="with tiny models: does everything work?")
     options = parser.parse_args()
     if options.serve:
         _runner.serve(build, options)
@@ -117,7 +129,7 @@ def main() -> None:
     print(_runner.row("ms per step", [*names, *(f"{a}/{b}" for a, b in ratios)]))
     figures = {}
     for model in options.models.split(","):
-        figures[model] = compare(model, names, options.rounds, options.weak)
+        figures[model] = compare(model, names, options)
         found = _runner.medians(figures[model]["ms"])
         print(_runner.row(model, [*(found[name] for name in names),
                                   *(f"{found[a] / found[b]:.2f}" for a, b in ratios)]), flush=True)
