@@ -26,6 +26,23 @@ def changed_axis(before: Placements, after: Placements) -> int:
     return axis
 
 
+def communicates(before: Placements, after: Placements) -> bool:
+    """Whether anything travels between two neighbouring placements."""
+    axis = changed_axis(before, after)
+    return before[axis] != REPLICATE and not is_partial(after[axis])
+
+
+def verb(before: Placements, after: Placements) -> str:
+    """What a hop between two neighbouring placements does."""
+    axis = changed_axis(before, after)
+    source, target = before[axis], after[axis]
+    if not communicates(before, after):
+        return "spread" if is_partial(target) else "cut"
+    if is_partial(source):
+        return "all_reduce" if target == REPLICATE else "reduce_scatter"
+    return "all_gather" if target == REPLICATE else "all_to_all"
+
+
 def compile_path(xp: Any, shape: Shape, path: Sequence[Placements], mesh_shape: Sequence[int],
                  coord: Sequence[int], communicators: Sequence[Any]) -> Hop:
     """A function from this worker's local array under path[0] to its local array under path[-1]."""
@@ -52,11 +69,11 @@ def compile_hop(xp: Any, shape: Shape, before: Placements, after: Placements, me
     if is_partial(source):
         if target == REPLICATE:
             return lambda x: comm.all_reduce(xp.asarray(x, order="C"), str(source))
-        return _reduce_scatter(xp, str(source), int(target), whole, parts, index, comm)
+        return _only(compile_scatter_bucket(xp, [whole], [int(target)], str(source), comm))
     if source == REPLICATE:
         return _cut(int(target), whole, parts, index)
     if target == REPLICATE:
-        return _all_gather(xp, int(source), whole, parts, comm)
+        return _only(compile_gather_bucket(xp, [whole], [int(source)], comm))
     return _all_to_all(xp, int(source), int(target), whole, parts, index, comm)
 
 
@@ -84,11 +101,9 @@ def _to_partial(xp: Any, source: Any, combine: str, whole: Shape, parts: int, in
     return embed
 
 
-def _sizes(whole: Shape, dim: int, parts: int) -> tuple[list[int], list[int]]:
-    """Extents along `dim` of every part, and their element counts."""
-    extents = split_sizes(whole[dim], parts)
-    rest = prod(n for d, n in enumerate(whole) if d != dim)
-    return extents, [n * rest for n in extents]
+def _only(run: Bucket) -> Hop:
+    """A bucket of one."""
+    return lambda x: run(x)[0]
 
 
 def _pack(xp: Any, x: Any, dim: int, extents: list[int]) -> Any:
@@ -113,22 +128,6 @@ def _unpack(xp: Any, flat: Any, dim: int, shape: Shape, extents: list[int]) -> A
         view[...] = flat[at:at + view.size].reshape(view.shape)
         at, start = at + view.size, start + n
     return out
-
-
-def _reduce_scatter(xp: Any, combine: str, dim: int, whole: Shape, parts: int, index: int, comm: Any) -> Hop:
-    extents, counts = _sizes(whole, dim, parts)
-    mine = (*whole[:dim], extents[index], *whole[dim + 1:])
-    return lambda x: comm.reduce_scatter(_pack(xp, x, dim, extents), counts, combine).reshape(mine)
-
-
-def _all_gather(xp: Any, dim: int, whole: Shape, parts: int, comm: Any) -> Hop:
-    extents, counts = _sizes(whole, dim, parts)
-
-    def gather(x: Any) -> Any:
-        flat = comm.all_gather(xp.ascontiguousarray(x).reshape(-1), counts)
-        return _unpack(xp, flat, dim, whole, extents)
-
-    return gather
 
 
 def _all_to_all(xp: Any, source: int, target: int, whole: Shape, parts: int, index: int, comm: Any) -> Hop:

@@ -168,19 +168,20 @@ class ShmCommunicator(HostCommunicator):
 
     def _play(self, call: int, plan: Plan, script: Script, given: Sequence[HostArray],
               outs: Sequence[HostArray]) -> None:
+        # A part that is a view of its result lies where it belongs.
+        own = [(i, key) for i, key in script.own if given[i].base is not outs[i]]
         if script.given is not None:
             given = [x if form is None else x.reshape(form)
                      for x, form in zip(given, script.given, strict=True)]
         if script.outs is not None:
             outs = [x if form is None else x.reshape(form) for x, form in zip(outs, script.outs, strict=True)]
-        own = script.own
         for turn in script.turns:
             for i, key, room in turn.puts:
                 room[...] = given[i] if key is None else given[i][key]
             self._post(call)
             for i, key in own:
                 outs[i][... if key is None else key] = given[i]
-            own = ()
+            own = []
             self._await(call)
             if turn.reductions:
                 self._reduce(plan, turn, given, outs)

@@ -212,7 +212,8 @@ class ThreadCommunicator(HostCommunicator):
         brought = self._exchange(call, arrays)
         for bands, entry in zip(plan.bands, brought, strict=True):
             for part, out, band in zip(entry.arrays, outs, bands, strict=True):
-                out[band.key] = part
+                if part.base is not out:    # the own part may lie where it belongs
+                    out[band.key] = part
         self._give_back(call, brought)
 
     def _all_to_all(self, call: int, x: HostArray, send: tuple[int, ...], recv: tuple[int, ...],

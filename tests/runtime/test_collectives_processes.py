@@ -80,6 +80,8 @@ def loop(comm: Any) -> None:
         comm.all_reduce(large)
         comm.broadcast(small, 0)
         comm.all_gather(small, [small.size] * comm.size)
+        parts = comm.reduce_scatter_many([small, large], [0, 0])
+        comm.all_gather_many(parts, [0, 0], [small.shape, large.shape])
         comm.barrier()
 
 
@@ -289,6 +291,7 @@ def test_abort_from_another_thread_frees_the_own_rank(kind: str) -> None:
     (lambda comm: comm.broadcast(np.ones(3, np.float32), 0), "broadcast of 3 float32"),
     (lambda comm: comm.all_reduce(np.ones(70_000, np.float32)), "all_reduce sum of 70000 float32"),
     (lambda comm: comm.all_reduce(np.ones(3, np.float32), "max"), "all_reduce max of 3 float32"),
+    (lambda comm: comm.reduce_scatter_many([np.ones(3, np.float32)], [0]), "reduce_scatter_many sum of 3"),
 ])
 def test_different_calls_name_each_other_instead_of_hanging(kind: str, other: Callable[[Any], Any],
                                                             named: str) -> None:
