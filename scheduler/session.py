@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from threading import current_thread, get_ident
 from time import perf_counter_ns
 from typing import Any, NamedTuple
@@ -108,6 +109,7 @@ class Session:
         self._next_id = 0
         self._bodies: OrderedDict[Any, Body] = OrderedDict()
         self._feed_numbers: dict[Spec, int] = {}
+        self._cuts: dict[Spec, list[Callable[[Any], Any] | None]] = {}      # what cuts each rank's piece
         self._known: set[bytes] = set()         # digests whose programs the workers have
         self._drop: list[bytes] = []
         self._batch = 0
@@ -122,7 +124,7 @@ class Session:
         self.names: list[int] = []              # id of every slot, -1 for temporaries
         self.scalars: list[Any] = []
         self.sites: list[Site] = []
-        self.feeds: dict[int, tuple[np.ndarray[Any, Any], Placements]] = {}     # by slot
+        self.feeds: dict[int, tuple[np.ndarray[Any, Any], Spec]] = {}           # by slot
         self.temporary: list[int] = []
 
     # --- recording ----------------------------------------------------------------------------------
@@ -277,7 +279,7 @@ class Session:
         number = self._feed_numbers.get(spec)
         if number is None:
             number = self._feed_numbers[spec] = self.planner.number(Instr("feed", (), (), (spec.wire,)))
-        self.feeds[len(self.names)] = (array, placements)
+        self.feeds[len(self.names)] = (array, spec)
         return self._new(number), spec
 
     def draw(self) -> Draw:
@@ -346,7 +348,8 @@ class Session:
         key = (tuple(self.body), dead)
         found = self._bodies.get(key)
         if found is not None:
-            self._bodies.move_to_end(key)
+            if self.last is None or found is not self.last.body:        # else it is at the end
+                self._bodies.move_to_end(key)
             return found
         body = assemble(
             self.body,
@@ -368,16 +371,22 @@ class Session:
     def _cut_feeds(self, slots: Sequence[int]) -> list[list[Any]]:
         """Each rank's pieces of the arrays fed in to `slots`."""
         out: list[list[Any]] = [[] for _ in self.inflight.coords]
-        for array, placements in (self.feeds[slot] for slot in slots):
-            split = any(p != REPLICATE for p in placements)
-            for rank, coord in enumerate(self.inflight.coords):
-                mine = (
-                    array[piece(array.shape, placements, self.axes.shape, coord).slices] if split else array
-                )
-                if any(is_partial(p) and c > 0 for p, c in zip(placements, coord, strict=True)):
-                    mine = np.zeros_like(mine) if "sum" in placements else mine
-                out[rank].append(mine)
+        for array, spec in (self.feeds[slot] for slot in slots):
+            cuts = self._cuts.get(spec)
+            if cuts is None:
+                cuts = self._cuts[spec] = [self._cut(spec, coord) for coord in self.inflight.coords]
+            for pieces, cut in zip(out, cuts, strict=True):
+                pieces.append(array if cut is None else cut(array))
         return out
+
+    def _cut(self, spec: Spec, coord: Sequence[int]) -> Callable[[Any], Any] | None:
+        """What takes the piece of the worker at `coord` from an array; None if that is all of it."""
+        if all(p == REPLICATE for p in spec.placements):
+            return None
+        mine = itemgetter(piece(spec.shape, spec.placements, self.axes.shape, coord).slices)
+        if any(p == "sum" and c > 0 for p, c in zip(spec.placements, coord, strict=True)):
+            return lambda array: np.zeros_like(mine(array))
+        return mine
 
     # --- waiting ------------------------------------------------------------------------------------
 
