@@ -140,7 +140,7 @@ def _correlate(xp: Any, x: Any, w: Any, bias: Any, stride: Shape, padding: Pairs
     count = counts("conv", x.shape[2:], kernel, stride, padding, dilation)
     x, w, bias = widen(x), widen(w), None if bias is None else widen(bias)
     if winograd.suits(xp, w.shape, stride, dilation, groups, count):
-        return placed(winograd.correlate(xp, x, w, bias, padding, count, gathered(xp)), dtype, out)
+        return placed(winograd.correlate(x, w, bias, padding, count), dtype, out)
     if conv_rows.suits(xp, x, kernel, stride):
         geometry = conv_rows.geometry(kernel, stride, padding, dilation, count, groups)
         return placed(conv_rows.correlate(x, w, bias, geometry), dtype, out)
@@ -245,7 +245,7 @@ def _conv_weight_grad(xp: Any, g: Any, x: Any, kernel: Shape, stride: Shape, pad
     dtype, count = g.dtype, g.shape[2:]
     g, x = widen(g), widen(x)
     if winograd.suits(xp, (g.shape[1], x.shape[1], *kernel), stride, dilation, groups, count):
-        return placed(winograd.weight_grad(xp, g, x, padding, gathered(xp)), dtype, out)
+        return placed(winograd.weight_grad(g, x, padding), dtype, out)
     if conv_rows.suits(xp, x, kernel, stride):
         geometry = conv_rows.geometry(kernel, stride, padding, dilation, count, groups)
         return placed(conv_rows.weight_grad(g, x, geometry), dtype, out)

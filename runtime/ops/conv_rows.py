@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 
+from meshtape.runtime.ops.narrow import multiply
 from meshtape.runtime.ops.windows import Pairs, innermost, meetings, products
 from meshtape.runtime.shards import Shape
 
 SAMPLES = 16            # from how many samples on runs are long enough, as measured
 GATHERED = 1 << 20      # elements of the window matrix: 4 MB of float32
-IN_PLACE = 10 ** 6      # multiplications up to which OpenBLAS does not copy operands
-BLOCK = 64              # columns of a product, at least
 
 
 def suits(xp: Any, x: Any, kernel: Shape, stride: Shape) -> bool:
@@ -136,40 +135,6 @@ def _filters(w: Any, bias: Any, groups: int, turn: int) -> Any:
     return taps
 
 
-def _multiply(left: Any, right: Any, out: Any) -> None:
-    """out = left @ right for matrices (groups, rows, inner) and (groups, inner, columns), columns the most.
-
-    OpenBLAS copies its operands into panels first, which takes as long as multiplying by a few rows. Small
-    products it does in place (on processors with AVX-512), so that pieces are faster: 32 x 576 by 576 x 1024
-    at 149 instead of 95 GFLOP/s.
-    """
-    rows, inner = left.shape[1:]
-    if not 1 < rows <= 32 or rows * inner * right.shape[2] <= IN_PLACE:
-        np.matmul(left, right, out=out)
-        return
-    parts = -(-rows * inner * BLOCK // IN_PLACE)
-    step = -(-inner // parts)
-    _multiply_by_blocks(left[:, :, :step], right[:, :step], out)
-    for at in range(step, inner, step):
-        addend = np.empty_like(out)
-        _multiply_by_blocks(left[:, :, at:at + step], right[:, at:at + step], addend)
-        out += addend
-
-
-def _multiply_by_blocks(left: Any, right: Any, out: Any) -> None:
-    """The product by blocks of columns."""
-    (groups, rows, inner), columns = left.shape, right.shape[2]
-    width = 2 * BLOCK if 2 * BLOCK * rows * inner <= IN_PLACE else BLOCK
-    many = columns // width
-    cut = many * width
-    if many:
-        blocks = right[:, :, :cut].reshape(groups, inner, many, width).swapaxes(1, 2)
-        target = out[:, :, :cut].reshape(groups, rows, many, width).swapaxes(1, 2)
-        np.matmul(left[:, None], blocks, out=target)
-    if cut < columns:
-        np.matmul(left, right[:, :, cut:], out=out[:, :, cut:])
-
-
 def correlate(x: Any, w: Any, bias: Any, g: Geometry) -> Any:
     """The correlation of x (N, C, *size) with w (O, C / groups, *kernel) and bias (O,) or None."""
     outputs, shape = len(w), (len(x), len(w), *g.count[2 - w.ndim:])
@@ -181,7 +146,7 @@ def correlate(x: Any, w: Any, bias: Any, g: Geometry) -> Any:
         for at in range(g.count[0]):
             turn, matrix = columns.take(at)
             target = out[:, at, part].reshape(g.groups, outputs // g.groups, matrix.shape[2])
-            _multiply(filters[turn], matrix, target)
+            multiply(filters[turn], matrix, target)
     return np.moveaxis(out, -1, 0).reshape(shape)
 
 

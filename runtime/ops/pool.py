@@ -241,7 +241,7 @@ def _avg_pool(xp: Any, x: Any, kernel: Shape, stride: Shape, padding: Pairs, cei
     x = widen(x)
     for d, (n, k, s, (lo, _), many) in enumerate(zip(size, kernel, stride, padding, count, strict=True)):
         lead = (slice(None),) * (2 + d)
-        sums = xp.zeros((*x.shape[:2 + d], many, *x.shape[3 + d:]), x.dtype)
+        sums = xp.zeros_like(x, shape=(*x.shape[:2 + d], many, *x.shape[3 + d:]))
         for met in meetings(n, k, s, lo, 1, many):
             if met is not None:
                 sums[(*lead, met[0])] += x[(*lead, met[1])]
@@ -256,7 +256,7 @@ def _avg_pool_grad(xp: Any, g: Any, size: Shape, kernel: Shape, stride: Shape, p
     g = _divided(xp, widen(g), size, kernel, stride, padding, count_include_pad, divisor)
     for d, (n, k, s, (lo, _), many) in enumerate(zip(size, kernel, stride, padding, count, strict=True)):
         lead = (slice(None),) * (2 + d)
-        out = xp.zeros((*g.shape[:2 + d], n, *g.shape[3 + d:]), g.dtype)
+        out = xp.zeros_like(g, shape=(*g.shape[:2 + d], n, *g.shape[3 + d:]))
         for met in meetings(n, k, s, lo, 1, many):
             if met is not None:
                 out[(*lead, met[1])] += g[(*lead, met[0])]

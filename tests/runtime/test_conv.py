@@ -80,28 +80,28 @@ def test_memory_of_the_window_matrix_is_bounded(name: str) -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 1 << 18])
+@pytest.mark.parametrize("samples", [1, 5, 16])
 @pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (1, 0))])
 @pytest.mark.parametrize("size", [(6, 6), (7, 9), (3, 14)])
 def test_minimal_filtering_is_the_same_convolution(monkeypatch: pytest.MonkeyPatch, size: Any, padding: Any,
-                                                   limit: int) -> None:
-    x, w, b = RNG.normal(size=(5, 2, *size)), RNG.normal(size=(3, 2, 3, 3)), RNG.normal(size=3)
-    attrs = {**PLAIN, "padding": padding}
+                                                   samples: int, limit: int) -> None:
+    x, w = RNG.normal(size=(samples, 2, *size)), RNG.normal(size=(3, 2, 3, 3))
+    attrs, b = {**PLAIN, "padding": padding}, RNG.normal(size=3)
     g = RNG.normal(size=run("conv", x, w, **attrs).shape)
 
-    def all_three() -> list[Array]:
+    def all_three(x: Array, g: Array) -> list[Array]:
         return [run("conv_bias", x, w, b, **attrs), run("conv_input_grad", g, w, size=size, **attrs),
                 run("conv_weight_grad", g, x, kernel=(3, 3), **attrs)]
 
-    direct = all_three()
-    monkeypatch.setattr(winograd, "CHANNELS", 1)
-    monkeypatch.setattr(winograd, "WINDOWS", 1)
-    monkeypatch.setattr(winograd, "SHARE", 0.0)
-    monkeypatch.setattr(winograd, "AT_ONCE", 1)
-    monkeypatch.setattr(conv, "GATHERED", limit)
+    direct = all_three(x, g)
+    for name, value in (("WINDOWS", 1), ("CHANNELS", 1), ("SHARE", 0.0), ("AT_ONCE", 1), ("PATCHED", limit),
+                        ("COLUMNS", limit)):
+        monkeypatch.setattr(winograd, name, value)
     assert winograd.suits(np, w.shape, (1, 1), (1, 1), 1, g.shape[2:])
-    for got, wanted in zip(all_three(), direct, strict=True):
-        assert got.flags.c_contiguous
-        np.testing.assert_allclose(got, wanted, rtol=1e-10, atol=1e-10)
+    for given in (x, np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 0, -1)), -1, 0)):
+        for upstream in (g, np.moveaxis(np.ascontiguousarray(np.moveaxis(g, 0, -1)), -1, 0)):
+            for got, wanted in zip(all_three(given, upstream), direct, strict=True):
+                np.testing.assert_allclose(got, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_many_channels_in_single_precision() -> None:

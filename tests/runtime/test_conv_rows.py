@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from meshtape.runtime.op import lookup
-from meshtape.runtime.ops import conv_rows, nn
+from meshtape.runtime.ops import conv_rows, narrow, nn
 from meshtape.runtime.ops.windows import innermost
 
 Array = np.ndarray[Any, Any]
@@ -55,8 +55,9 @@ def test_many_samples_are_convolved_like_few(monkeypatch: pytest.MonkeyPatch, si
     g = RNG.normal(size=run("conv", x, w, **attrs).shape)
     wanted = all_four(x, w, b, g, attrs)
     monkeypatch.setattr(conv_rows, "SAMPLES", 1)
-    for name, limit in zip(("GATHERED", "IN_PLACE", "BLOCK"), limits, strict=True):
-        monkeypatch.setattr(conv_rows, name, limit)
+    places = (conv_rows, "GATHERED"), (narrow, "IN_PLACE"), (narrow, "BLOCK")
+    for (module, name), limit in zip(places, limits, strict=True):
+        monkeypatch.setattr(module, name, limit)
     for given in (x, samples_innermost(x)):
         for upstream in (g, samples_innermost(g)):
             for got, true in zip(all_four(given, w, b, upstream, attrs), wanted, strict=True):
@@ -113,6 +114,31 @@ def test_pooling_keeps_the_order_in_memory(kernel: Any, stride: Any, padding: An
             got = run("max_pool_grad", upstream, taps, size=(8, 9), **attrs)
             assert innermost(np, got) == innermost(np, taps)
             np.testing.assert_array_equal(got, dx)
+
+
+def test_averages_keep_the_order_in_memory() -> None:
+    x = RNG.normal(size=(6, 4, 8, 9))
+    attrs = {"kernel": (2, 3), "stride": (2, 2), "padding": ((0, 0), (1, 1)), "ceil_mode": False}
+    y = run("avg_pool", x, **attrs)
+    got = run("avg_pool", samples_innermost(x), **attrs)
+    assert innermost(np, got)
+    np.testing.assert_allclose(got, y, rtol=1e-12)
+    dx = run("avg_pool_grad", samples_innermost(y), size=(8, 9), **attrs)
+    assert innermost(np, dx)
+    np.testing.assert_allclose(dx, run("avg_pool_grad", y, size=(8, 9), **attrs), rtol=1e-12)
+
+
+@pytest.mark.parametrize("limit, block", [(1, 1), (50, 4), (400, 64), (10 ** 6, 64)])
+@pytest.mark.parametrize("rows, inner, columns", [(3, 7, 20), (1, 4, 9), (48, 5, 6), (49, 5, 6), (4, 0, 3),
+                                                  (4, 3, 0), (5, 30, 129)])
+def test_products_of_few_rows(monkeypatch: pytest.MonkeyPatch, rows: int, inner: int, columns: int,
+                              limit: int, block: int) -> None:
+    monkeypatch.setattr(narrow, "IN_PLACE", limit)
+    monkeypatch.setattr(narrow, "BLOCK", block)
+    left, right = RNG.normal(size=(2, rows, inner)), RNG.normal(size=(2, inner, columns))
+    out = np.full((2, rows, columns + 3), np.nan)[:, :, :columns]
+    narrow.multiply(left, right, out)
+    np.testing.assert_allclose(out, left @ right, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("limit", [1, 40, 1 << 16])
