@@ -27,8 +27,15 @@ lint: .venv/lint
 	ln -s $(CURDIR)/meshtape/* $(addprefix $(CURDIR)/,$(ROOMS)) .venv/tree/meshtape/
 	cd .venv/tree && ../../$(BIN)/mypy --follow-imports=silent --config-file ../../pyproject.toml $(addprefix -p meshtape.,$(ROOMS))
 
+# Figures go to build/benchmarks, the page and plots made of them to docs/benchmarks. torch's compiler keeps
+# what it built.
+bench: export TORCHINDUCTOR_CACHE_DIR = $(CURDIR)/build/inductor
 bench: .venv/bench
-	for script in benchmarks/[!_]*.py; do $(BIN)/python $$script || exit 1; done
+	for name in machine all_reduce arrays record controller; do \
+	  $(BIN)/python benchmarks/$$name.py --json build/benchmarks/$$name.json || exit 1; done
+	$(BIN)/python benchmarks/train_step.py --contenders torch,fused,compile,ddp,jax1,jax2,mesh1,mesh2 \
+	  --weak --probe --json build/benchmarks/train_step.json
+	$(BIN)/python benchmarks/report.py
 
 setup: .venv/installed
 
@@ -50,6 +57,7 @@ $(BIN)/python:
 	touch $@
 
 .venv/bench: .venv/installed
+	$(BIN)/python -m pip install --quiet "torch==2.13.0+cpu" || echo "No CPU wheel of PyTorch here: taking PyPI's."
 	$(BIN)/python -m pip install --quiet -e ".[bench]"
 	touch $@
 
