@@ -129,14 +129,14 @@ def run_of(message: Message) -> Run:
 
 
 def reply_frame(reply: Reply) -> list[Buffer]:
-    head = pack((reply.rank, reply.batch, reply.failures, reply.peak, reply.clock, reply.spans))
+    head = pack((reply.rank, reply.batch, reply.failures, reply.peak, reply.clock, reply.spans, reply.traffic))
     return frame(REPLY, head, reply.values)
 
 
 def reply_of(message: Message) -> Reply:
-    rank, batch, failures, peak, (began, ended), spans = message.head
+    rank, batch, failures, peak, (began, ended), spans, traffic = message.head
     return Reply(rank, batch, [Failure(*f) for f in failures], message.arrays, peak, (began, ended),
-                 [Span(*s) for s in spans])
+                 [Span(*s) for s in spans], [(calls, sent) for calls, sent in traffic])
 
 
 class Assembler:

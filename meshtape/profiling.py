@@ -19,9 +19,10 @@ def profile(path: str | Path) -> Iterator[None]:
     """Write what driver and workers do inside to `path`, on one clock, as a Chrome/Perfetto trace (JSON).
 
     The driver shows recording, flushes (with bytes fed) and waits; every worker its batches, compilation,
-    each kernel and each collective. Workers run step by step while they are traced, so a step takes a little
-    longer than otherwise. Open the file at ui.perfetto.dev or chrome://tracing. Raises MeshtapeError if a
-    profile is being taken already.
+    each kernel, and each collective with the bytes it sends. Collectives that run beside kernels have a row
+    of their own, and the kernels' row shows how long they are waited for. Workers run step by step while they
+    are traced, so a step takes a little longer than otherwise. Open the file at ui.perfetto.dev or
+    chrome://tracing. Raises MeshtapeError if a profile is being taken already.
     """
     from meshtape.creation import zeros
     session = current.session()
@@ -45,13 +46,21 @@ def stats() -> dict[str, Any]:
     """Counts since the current mesh was made.
 
     `ops` recorded, `batches` sent, `digest_hits` (batches that workers knew already), `messages` sent to
-    workers, and per worker `peak_memory`, the most bytes its process held when it last answered.
+    workers, and per worker `peak_memory`, the most bytes its process ever held. `links` tells, per mesh axis,
+    the `kind` of its communicators, how many `collectives` each worker has taken part in, and the
+    `bytes_sent` by each to others in them. Waits for what was sent.
     """
     session = current.session()
+    session.wait()
+    along = {name: [t[axis] for t in session.inflight.traffic if t]
+             for axis, name in enumerate(session.mesh.names)}
     counts = session.stats
     return {"ops": counts.recorded + len(session.sites), "batches": counts.batches,
             "digest_hits": counts.digest_hits, "messages": counts.messages,
-            "peak_memory": list(session.inflight.peaks)}
+            "peak_memory": list(session.inflight.peaks),
+            "links": {name: {"kind": kind, "collectives": [calls for calls, _ in along[name]],
+                             "bytes_sent": [sent for _, sent in along[name]]}
+                      for name, kind in zip(session.mesh.names, session.mesh.links, strict=True)}}
 
 
 __all__ = ["profile", "stats"]

@@ -34,7 +34,7 @@ def generate(program: Compiled, xp: Any, convert: Sequence[bool]) -> Code:
     fed = 0
     for at, step in enumerate(program.steps):
         first = len(text) + 1
-        if step.call.op is None and not step.call.meets:
+        if step.call.kind == "feed":
             text.append(f" s{step.outs[0]} = asarray(feeds[{fed}])")
             fed += 1
         else:

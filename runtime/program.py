@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from meshtape.runtime import moves
 from meshtape.runtime.dtypes import canonical
 from meshtape.runtime.op import IO, Op, lookup
+from meshtape.runtime.overlap import Pending, Placed, split_collectives
 from meshtape.runtime.protocol import Instr, Program, TensorType
 from meshtape.runtime.reuse import Reuse, Sharing, reuses
 from meshtape.runtime.sharded_update import sharded_update
@@ -16,24 +18,28 @@ from meshtape.runtime.shards import Shape, piece
 
 
 class Call(NamedTuple):
-    """What one instruction runs: `function(*arrays, **attrs)`, its op (None for moves and feeds), and the
-    types of a collective's inputs (empty otherwise; None for a scalar). `many`: it returns a sequence of
-    arrays. `over`: what a collective may write over what, as (output, input) positions.
+    """What one instruction runs: `function(*arrays, **attrs)`; an op's kernel gets the array module first.
+
+    `kind` is "op", "feed", "collective", or half of a collective: "start" or "wait". `many`: it returns a
+    sequence of arrays. `meets` are the types of a collective's inputs (None for a scalar). `over`: what a
+    collective may write over what, as (output, input) positions. `name` is for traces.
     """
 
+    kind: str
+    name: str
     function: Callable[..., Any]
     attrs: dict[str, Any]
     op: Op | None
     many: bool
     dtypes: tuple[Any, ...]
     shapes: tuple[Shape, ...]
-    meets: tuple[TensorType | None, ...]
+    meets: tuple[TensorType | None, ...] = ()
     over: tuple[tuple[int, int], ...] = ()
 
 
 class Step(NamedTuple):
-    """One call in its place: operand slots (negative: scalars), slots to release after it, and which outputs
-    may be written over which inputs.
+    """One call in its place: operand slots (negative: scalars), slots to release after it, which outputs may
+    be written over which inputs, and the step of the body that it comes from.
     """
 
     call: Call
@@ -41,13 +47,7 @@ class Step(NamedTuple):
     outs: tuple[int, ...]
     release: tuple[int, ...]
     reuse: Reuse
-
-    @property
-    def name(self) -> str:
-        """For a trace: the op, or what kind of step it is."""
-        if self.call.op is not None:
-            return self.call.op.name
-        return f"collective ({len(self.call.meets)} tensors)" if self.call.meets else "feed"
+    origin: int
 
 
 class Compiled(NamedTuple):
@@ -64,12 +64,15 @@ class Compiled(NamedTuple):
 
 
 class Site(NamedTuple):
-    """Where a program runs."""
+    """Where a program runs. `start` begins a collective of the mesh axes that `overlap` beside other work."""
 
     xp: Any
     mesh_shape: tuple[int, ...]
     coord: tuple[int, ...]
     communicators: Sequence[Any]
+    start: Callable[..., Pending] | None = None
+    overlap: tuple[bool, ...] = ()
+    reuse: bool = True
 
 
 def local_shape(t: TensorType, site: Site) -> Shape:
@@ -78,11 +81,14 @@ def local_shape(t: TensorType, site: Site) -> Shape:
 
 def compile_program(program: Program, site: Site) -> Compiled:
     calls = [compile_instr(instr, site) for instr in program.instrs]
-    dead = set(program.dead)
+    placed = [Placed(calls[k], ins, outs, at) for at, (k, ins, outs) in enumerate(program.steps)]
+    beside = [any(site.overlap) and _overlaps(program.instrs[k], site) for k, _, _ in program.steps]
+    placed, n_slots = split_collectives(placed, program.n_slots, beside, lambda c, what: half(c, what, site))
+    dead = {*program.dead, *range(program.n_slots, n_slots)}
     made: set[int] = set()
     external: dict[int, None] = {}
     last: dict[int, int] = {}
-    for at, (_, ins, outs) in enumerate(program.steps):
+    for at, (_, ins, outs, _) in enumerate(placed):
         for slot in ins:
             if slot >= 0:
                 if slot not in made:
@@ -90,18 +96,45 @@ def compile_program(program: Program, site: Site) -> Compiled:
                 last[slot] = at
         made.update(outs)
         last.update((slot, max(at, last.get(slot, at))) for slot in outs)
-    release: list[list[int]] = [[] for _ in program.steps]
+    release: list[list[int]] = [[] for _ in placed]
     for slot, at in last.items():
         if slot in dead:
             release[at].append(slot)
     taken = frozenset(s for s in external if s in dead)
     kept = tuple(sorted(made - dead))
-    found, sharing = reuses([(calls[k], ins, outs) for k, ins, outs in program.steps], last, taken, kept,
+    found, sharing = reuses([step[:3] for step in placed], last, taken, kept,
                            {s: shape for k, ins, _ in program.steps
                             for s, shape in zip(ins, in_shapes(program.instrs[k], site), strict=True)})
-    steps = tuple(Step(calls[k], ins, outs, tuple(release[at]), found[at])
-                  for at, (k, ins, outs) in enumerate(program.steps))
-    return Compiled(steps, program.n_slots, tuple(external), taken, kept, sharing)
+    steps = tuple(Step(call, ins, outs, tuple(release[at]), found[at] if site.reuse else (), origin)
+                  for at, (call, ins, outs, origin) in enumerate(placed))
+    return Compiled(steps, n_slots, tuple(external), taken, kept, sharing)
+
+
+def _overlaps(instr: Instr, site: Site) -> bool:
+    """Whether an instruction is a collective on a mesh axis that overlaps."""
+    if instr.op.endswith("_bucket"):
+        return site.overlap[instr.attrs[0]]
+    if instr.op != "redistribute":
+        return False
+    return any(site.overlap[moves.changed_axis(before, after)] and moves.communicates(before, after)
+               for before, after in pairwise(instr.attrs[0]))
+
+
+def half(call: Call, what: str, site: Site) -> Call:
+    """The call that starts a collective, waits for it, or (what="through") does both."""
+    start, function = site.start, call.function
+    assert start is not None
+    if what == "start":
+        return call._replace(kind="start", function=lambda *args: start(function, *args), many=False,
+                             dtypes=(None,), shapes=((),), over=())
+    if what == "wait":
+        return call._replace(
+            kind="wait",
+            name=f"wait for {call.name}",
+            function=lambda token, *operands: token.result(),
+            over=(),
+        )
+    return call._replace(function=lambda *args, **out: start(lambda: function(*args, **out)).result())
 
 
 def in_shapes(instr: Instr, site: Site) -> list[tuple[Shape, Any] | None]:
@@ -116,24 +149,24 @@ def compile_instr(instr: Instr, site: Site) -> Call:
     xp = site.xp
     match instr.op:
         case "feed":
-            return Call(xp.asarray, {}, None, False, dtypes, shapes, ())
+            return Call("feed", "feed", xp.asarray, {}, None, False, dtypes, shapes)
         case "redistribute":
             path = moves.compile_path(xp, meets[0].shape, instr.attrs[0], site.mesh_shape, site.coord,
                                       site.communicators)
-            return Call(path, {}, None, False, dtypes, shapes, meets)
+            return Call("collective", move_name(instr), path, {}, None, False, dtypes, shapes, meets)
         case "all_reduce_bucket":
             axis, combine = instr.attrs
             run = moves.compile_bucket(xp, shapes, combine, site.communicators[axis])
-            return Call(run, {}, None, True, dtypes, shapes, meets)
+            return Call("collective", bucket_name(instr), run, {}, None, True, dtypes, shapes, meets)
         case "reduce_scatter_bucket":
             axis, combine, dims = instr.attrs
             whole = [local_shape(t, site) for t in meets]
             run = moves.compile_scatter_bucket(xp, whole, dims, combine, site.communicators[axis])
-            return Call(run, {}, None, True, dtypes, shapes, meets)
+            return Call("collective", bucket_name(instr), run, {}, None, True, dtypes, shapes, meets)
         case "all_gather_bucket":
             axis, _, dims = instr.attrs
             run = moves.compile_gather_bucket(xp, shapes, dims, site.communicators[axis])
-            return Call(run, {}, None, True, dtypes, shapes, meets)
+            return Call("collective", bucket_name(instr), run, {}, None, True, dtypes, shapes, meets)
         case "sharded_update":
             return compile_update(instr, site)
     op = lookup(instr.op)
@@ -143,7 +176,17 @@ def compile_instr(instr: Instr, site: Site) -> Call:
                   for t in instr.ins]
         attrs = op.local(attrs, IO(tuple(pieces), tuple(
             piece(t.shape, t.placements, site.mesh_shape, site.coord) for t in instr.outs)))
-    return Call(op.kernel, attrs, op, op.n_out != 1, dtypes, shapes, ())
+    return Call("op", op.name, op.kernel, attrs, op, op.n_out != 1, dtypes, shapes)
+
+
+def bucket_name(instr: Instr) -> str:
+    return f"{instr.op.removesuffix('_bucket')} ({len(instr.outs)} tensors)"
+
+
+def move_name(instr: Instr) -> str:
+    """The collective that a redistribution is, or "redistribute" if it is several."""
+    path = instr.attrs[0]
+    return moves.verb(path[0], path[1]) if len(path) == 2 else "redistribute"
 
 
 def compile_update(instr: Instr, site: Site) -> Call:
@@ -152,8 +195,18 @@ def compile_update(instr: Instr, site: Site) -> Call:
     op = lookup(name)
     run, over = sharded_update(site.xp, op, op.unpack(attrs), dims, site.communicators[axis],
                                [None if t is None else local_shape(t, site) for t in instr.ins])
-    return Call(run, {}, None, True, tuple(canonical(t.dtype) for t in instr.outs),
-                tuple(local_shape(t, site) for t in instr.outs), instr.ins, over)
+    return Call(
+        "collective",
+        f"sharded {name}",
+        run,
+        {},
+        None,
+        True,
+        tuple(canonical(t.dtype) for t in instr.outs),
+        tuple(local_shape(t, site) for t in instr.outs),
+        instr.ins,
+        over,
+    )
 
 
 def placeholder(t: TensorType, site: Site) -> Any:

@@ -58,9 +58,9 @@ class Run(NamedTuple):
 
     `feeds` are this worker's pieces of the arrays fed in, in order of the body's "feed" instructions. With
     `trace` the reply tells how long every step took.
-    `frees` are ids to drop first, `drop` digests that will not come again. Without `answer` the worker replies
-    only if something failed; a reply says that all batches before it were run as well, and those without a
-    reply of their own without a failure.
+    `frees` are ids to drop first, `drop` digests that will not come again. Without `answer` the worker
+    replies only if something failed; a reply says that all batches before it were run as well, and those
+    without a reply of their own without a failure.
     """
 
     batch: int
@@ -87,11 +87,17 @@ class Failure(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Something a worker did: `start` and `duration` in nanoseconds of its own clock."""
+    """Something a worker did: `start` and `duration` in nanoseconds of its own clock, the `kind` of thing
+    (kernel, collective, wait, feed, compile), the bytes it sent to other workers, and whether it went on
+    beside the others.
+    """
 
     name: str
     start: int
     duration: int
+    kind: str = "kernel"
+    sent: int = 0
+    beside: bool = False
 
 
 class Reply(NamedTuple):
@@ -99,7 +105,8 @@ class Reply(NamedTuple):
 
     `values` holds its slices of the fetched tensors it owns, None otherwise; `peak` is the most memory its
     process ever held, in bytes. Of a traced batch, `spans` tells what took how long and `clock` when it began
-    and ended (nanoseconds of the worker's clock).
+    and ended (nanoseconds of the worker's clock). `traffic` holds, per mesh axis, how many collectives the
+    rank has taken part in so far, and the bytes that it sent to others in them.
     """
 
     rank: int
@@ -109,6 +116,7 @@ class Reply(NamedTuple):
     peak: int = 0
     clock: tuple[int, int] = (0, 0)
     spans: Sequence[Span] = ()
+    traffic: Sequence[tuple[int, int]] = ()
 
 
 def program_from_wire(data: Any) -> Program:

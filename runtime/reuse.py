@@ -59,8 +59,10 @@ def reuses(
         read = [s for s in ins if s >= 0]
         foreign.update(s for s in read if s not in made and s not in taken)
         made.update(outs)
-        if call.op is None and not call.meets:
+        if call.kind == "feed":
             feeds.update(outs)
+        elif call.kind == "start":
+            pass                            # makes no array
         elif (len(outs) > 1 and call.op is None) or (call.op is not None and call.op.takes_out):
             own.update(outs)                # a bucket's results are parts of one array that do not overlap
         else:
@@ -87,7 +89,7 @@ def _step_reuse(call: Any, ins: tuple[int, ...], outs: tuple[int, ...], at: int,
                 groups: Groups, ends: Mapping[int, int], types: Mapping[int, Any]) -> Reuse:
     op = call.op
     if op is None:
-        pairs = call.over
+        pairs = list(call.over)
     elif not op.takes_out:
         return ()
     elif op.over is not None:

@@ -5,7 +5,7 @@ The same plain class runs in the driver's thread, in a thread of its own, and in
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from resource import RUSAGE_SELF, getrusage
 from time import perf_counter_ns
 from typing import Any
@@ -16,6 +16,7 @@ import meshtape.runtime.ops  # noqa: F401  fills the op table
 from meshtape.runtime.codegen import Code, failed_step, generate
 from meshtape.runtime.errors import CommError
 from meshtape.runtime.memory import keep_pages
+from meshtape.runtime.overlap import BESIDE, Overlap, Pending
 from meshtape.runtime.program import Compiled, Site, Step, compile_program, placeholder
 from meshtape.runtime.protocol import Failure, Fetch, Reply, Run, Span
 from meshtape.runtime.shards import coordinate, is_owner
@@ -43,15 +44,20 @@ class Worker:
     """Runs batches for one rank of a mesh, one communicator per mesh axis.
 
     A kernel that fails makes its outputs, and what is computed from them, Poison; the batch goes on, so that
-    the other ranks' collectives find a partner, and the failures travel back in the reply. `generate=False`
-    interprets every batch, for comparison.
+    the other ranks' collectives find a partner, and the failures travel back in the reply.
+
+    `generate=False` interprets every batch, `reuse=False` gives every result memory of its own, for
+    comparison. `overlap` names the kinds of communicators whose collectives run beside kernels.
     """
 
     def __init__(self, rank: int, mesh_shape: Sequence[int], communicators: Sequence[Any],
-                 device: str = "cpu", *, generate: bool = True) -> None:
+                 device: str = "cpu", *, generate: bool = True, reuse: bool = True,
+                 overlap: Collection[str] = BESIDE) -> None:
         keep_pages()
         self.rank = rank
-        self.site = Site(np, tuple(mesh_shape), coordinate(rank, mesh_shape), tuple(communicators))
+        self.overlap = Overlap()
+        self.site = Site(np, tuple(mesh_shape), coordinate(rank, mesh_shape), tuple(communicators),
+                         self.overlap.start, tuple(c.kind in overlap for c in communicators), reuse)
         self.device = device
         self.blocks: dict[int, Any] = {}
         self.programs: dict[bytes, Body] = {}
@@ -71,20 +77,37 @@ class Worker:
             self.programs.pop(digest, None)
         if run.program is not None:
             self.programs[run.digest] = Body(compile_program(run.program, self.site))
-            self._note("compile", began)
+            self._note("compile", began, "compile")
         failures: list[Failure] = []
         if run.digest:
             with np.errstate(all="ignore"):
                 self._execute(self.programs[run.digest], run, failures)
         values = [self._fetched(f) for f in run.fetch]
         peak = getrusage(RUSAGE_SELF).ru_maxrss << 10
+        traffic = tuple((c.calls, c.bytes_sent) for c in self.site.communicators)
         return Reply(self.rank, run.batch, failures, values, peak,
-                     (began, perf_counter_ns() if run.trace else 0), self.spans or ())
+                     (began, perf_counter_ns() if run.trace else 0), self.spans or (), traffic)
 
-    def _note(self, name: str, start: int) -> None:
+    def _note(self, name: str, start: int, kind: str = "kernel", sent: int = 0) -> None:
         """In a traced batch: something that began at `start` is done."""
         if self.spans is not None:
-            self.spans.append(Span(name, start, perf_counter_ns() - start))
+            self.spans.append(Span(name, start, perf_counter_ns() - start, kind, sent))
+
+    def _trace(self, step: Step, args: Sequence[Any], start: int, before: int) -> None:
+        """Note a step that began at `start`, when this rank had sent `before` bytes to others."""
+        call = step.call
+        kind = {"op": "kernel", "start": "collective"}.get(call.kind, call.kind)
+        sent = self._sent() - before if call.kind in ("collective", "wait") else 0
+        if call.kind == "wait" and type(args[0]) is Pending and self.spans is not None:
+            began, ended = args[0].began, args[0].ended
+            self.spans.append(Span(call.name.removeprefix("wait for "), began, ended - began, "collective",
+                                   sent, beside=True))
+            sent = 0
+        self._note(f"start {call.name}" if call.kind == "start" else call.name, start, kind, sent)
+
+    def _sent(self) -> int:
+        """Bytes that this rank's collectives have sent to others."""
+        return sum(c.bytes_sent for c in self.site.communicators)
 
     def _execute(self, body: Body, run: Run, failures: list[Failure]) -> None:
         if body.code is None or self.poisoned or run.trace:
@@ -100,10 +123,10 @@ class Worker:
             at, values = failed_step(body.code, error.__traceback__)
             slots = [values.get(slot) for slot in range(body.program.n_slots)]
             step = body.program.steps[at]
-            self._fail(step, at, error, slots, run.batch, failures)
+            self._fail(step, error, slots, run.batch, failures)
             for slot in step.release:
                 slots[slot] = None
-            fed = sum(s.call.op is None and not s.call.meets for s in body.program.steps[:at + 1])
+            fed = sum(s.call.kind == "feed" for s in body.program.steps[:at + 1])
             self._interpret(body, run, slots, at + 1, iter(run.feeds[fed:]), failures)
 
     def _bind(self, program: Compiled, run: Run) -> list[Any]:
@@ -122,17 +145,17 @@ class Worker:
         program = body.program
         spoiled = any(type(x) is Poison for x in slots)
         for at, step in enumerate(program.steps[start:], start):
-            if step.call.op is None and not step.call.meets:
+            if step.call.kind == "feed":
                 args = [next(feeds)]
             else:
                 args = [slots[s] if s >= 0 else run.scalars[-1 - s] for s in step.ins]
-            start_ns = perf_counter_ns() if run.trace else 0
+            start_ns, before = (perf_counter_ns(), self._sent()) if run.trace else (0, 0)
             if (spoiled or failures) and any(type(a) is Poison for a in args):
                 self._skip(step, args, slots)
             else:
                 self._call(body, step, at, args, slots, run.batch, failures)
             if run.trace:
-                self._note(step.name, start_ns)
+                self._trace(step, args, start_ns, before)
             for slot in step.release:
                 slots[slot] = None
         for slot in program.kept:
@@ -153,18 +176,18 @@ class Worker:
             for slot, dtype, value in zip(
                 step.outs, call.dtypes, result if call.many else (result,), strict=True
             ):
-                if type(value) is not np.ndarray or value.dtype is not dtype:
+                if dtype is not None and (type(value) is not np.ndarray or value.dtype is not dtype):
                     body.convert[at] = True
                     value = self.site.xp.asarray(value, dtype)
                 slots[slot] = value
         except Exception as error:
             # Whatever a kernel raises is the user's to see, at the driver, as a value.
-            self._fail(step, at, error, slots, batch, failures)
+            self._fail(step, error, slots, batch, failures)
 
-    def _fail(self, step: Step, at: int, error: Exception, slots: list[Any], batch: int,
+    def _fail(self, step: Step, error: Exception, slots: list[Any], batch: int,
               failures: list[Failure]) -> None:
         kind = "CommError" if isinstance(error, CommError) else type(error).__name__
-        failure = Failure(batch, at, self.rank, kind, str(error))
+        failure = Failure(batch, step.origin, self.rank, kind, str(error))
         failures.append(failure)
         for slot in step.outs:
             slots[slot] = Poison(failure)
@@ -172,7 +195,7 @@ class Worker:
     def _skip(self, step: Step, args: list[Any], slots: list[Any]) -> None:
         """A step with a poisoned input: outputs are poisoned; a collective still keeps its appointment."""
         poison = next(a for a in args if type(a) is Poison)
-        if step.call.meets:
+        if step.call.kind in ("collective", "start"):
             step.call.function(*[a if type(a) is not Poison or t is None else placeholder(t, self.site)
                                  for a, t in zip(args, step.call.meets, strict=True)])
         for slot in step.outs:
@@ -186,6 +209,7 @@ class Worker:
         return None if type(value) is Poison else self.site.xp.array(value)
 
     def close(self) -> None:
+        self.overlap.close()
         self.blocks.clear()
         self.programs.clear()
         for comm in self.site.communicators:

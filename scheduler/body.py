@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from math import prod
 from typing import NamedTuple
 
 import msgpack
 
 from meshtape.runtime.protocol import Instr, Program, TensorType
-from meshtape.scheduler.buckets import bucket, merge_duplicates, unflatten
+from meshtape.scheduler.buckets import bucket, hoist, merge_duplicates, unflatten
+from meshtape.scheduler.cost import Link, bucket_bytes
 from meshtape.scheduler.updates import join_updates
 
 
@@ -31,14 +33,20 @@ class Body(NamedTuple):
 
 
 def assemble(recorded: Sequence[int], instrs: Sequence[Instr], n_slots: int, dead: tuple[int, ...],
-             temporary: Sequence[int], number: Callable[[Instr], int], workers: int) -> Body:
-    """The body of a recorded batch, its reductions merged and bucketed where there is more than one worker.
+             temporary: Sequence[int], number: Callable[[Instr], int], links: Sequence[Link],
+             mesh_shape: Sequence[int]) -> Body:
+    """The body of a recorded batch, its reductions merged and bucketed where there is more than one worker,
+    and begun early where they can run beside kernels.
     """
     steps = unflatten(recorded, instrs)
-    if workers > 1:
+    if prod(mesh_shape) > 1:
+        overlaps = [link.overlaps for link in links]
         steps = merge_duplicates(steps, instrs, frozenset(temporary))
-        steps = bucket(steps, instrs, number)
-        steps = join_updates(steps, instrs, number, frozenset(dead))
+        limits = [bucket_bytes(link, n) for link, n in zip(links, mesh_shape, strict=True)]
+        steps = bucket(steps, instrs, number, limits)
+        steps = join_updates(steps, instrs, number, frozenset(dead), overlaps)
+        if any(overlaps):
+            steps = hoist(steps, instrs, overlaps)
     numbers = {n: k for k, n in enumerate(dict.fromkeys(s.number for s in steps))}
     program = Program(tuple(instrs[n] for n in numbers),
                       tuple((numbers[s.number], s.ins, s.outs) for s in steps), n_slots, dead)

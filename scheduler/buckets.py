@@ -15,8 +15,6 @@ from meshtape.runtime.moves import changed_axis
 from meshtape.runtime.protocol import Instr
 from meshtape.runtime.shards import REPLICATE, is_partial
 
-BUCKET_BYTES = 16 << 20
-
 
 class Recorded(NamedTuple):
     """One recorded instruction: its number, slots (negative inputs are scalars), and its place in the batch.
@@ -102,8 +100,9 @@ def merge_duplicates(steps: Sequence[Recorded], instrs: Sequence[Instr], tempora
 
 
 def bucket(steps: Sequence[Recorded], instrs: Sequence[Instr], number: Callable[[Instr], int],
-           limit: int = BUCKET_BYTES) -> list[Recorded]:
-    """Group collectives that can travel together; each group runs where one of its results is first needed.
+           limits: Sequence[int]) -> list[Recorded]:
+    """Group collectives that can travel together; each group runs where one of its results is first needed,
+    or, if it is not needed before, where it has the bytes that `limits` says for its mesh axis.
 
     An all-gather of what exists before the batch is left where it is recorded: a sharded parameter that is
     gathered for one layer shall not wait for, nor live as long as, those of the others.
@@ -133,12 +132,41 @@ def bucket(steps: Sequence[Recorded], instrs: Sequence[Instr], number: Callable[
             open_.setdefault(kind, []).append((step, found.dim))
             home[step.outs[0]] = kind
             size[kind] = size.get(kind, 0) + _bytes(instr)
-            if size[kind] >= limit:
+            if size[kind] >= limits[kind.axis]:
                 close(kind)
         made.update(step.outs)
     for kind in list(open_):
         close(kind)
     return out
+
+
+def hoist(steps: Sequence[Recorded], instrs: Sequence[Instr], overlaps: Sequence[bool]) -> list[Recorded]:
+    """Collectives on mesh axes that overlap, moved to where their last operand is made, to run beside what
+    follows there.
+    """
+    maker: dict[int, int] = {}
+    after: dict[int, list[Recorded]] = {}
+    moved: set[int] = set()
+    for at, step in enumerate(steps):
+        made = max((maker.get(s, -1) for s in step.ins), default=-1)
+        if _reduces(instrs[step.number], overlaps) and made >= 0:
+            after.setdefault(made, []).append(step)
+            moved.add(at)
+            maker.update(dict.fromkeys(step.outs, made))
+        else:
+            maker.update(dict.fromkeys(step.outs, at))
+    out = []
+    for at, step in enumerate(steps):
+        if at not in moved:
+            out += [step, *after.get(at, ())]
+    return out
+
+
+def _reduces(instr: Instr, overlaps: Sequence[bool]) -> bool:
+    if instr.op in ("all_reduce_bucket", "reduce_scatter_bucket"):
+        return overlaps[instr.attrs[0]]
+    found = collective(instr)
+    return found is not None and found.kind.verb != "all_gather_bucket" and overlaps[found.kind.axis]
 
 
 def _joined(kind: Kind, group: Sequence[tuple[Recorded, int]], instrs: Sequence[Instr],

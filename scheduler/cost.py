@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from meshtape.runtime.overlap import BESIDE
 from meshtape.runtime.shards import REPLICATE, Placement, is_partial
 
 
@@ -20,6 +21,7 @@ class Link:
 
     latency: float          # seconds per hop
     bandwidth: float        # bytes per second
+    overlaps: bool = False  # whether its collectives run beside kernels, on a thread or stream of their own
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,13 @@ LINKS = {
     "self": Link(0.0, 1e12),
     "threads": Link(30e-6, 6e9),
     "shm": Link(4e-6, 5e9),
-    "tcp": Link(40e-6, 1e9),
-    "nccl": Link(8e-6, 2e11),
+    "tcp": Link(40e-6, 1e9, "tcp" in BESIDE),
+    "nccl": Link(8e-6, 2e11, "nccl" in BESIDE),
 }
+# What of a bucket's time may be latency, where smaller buckets can start earlier; the size of a bucket where
+# they cannot, in bytes.
+LATENCY_SHARE = 0.1
+WHOLE_BUCKET = 16 << 20
 CPU = Device(flops=6e10, memory=8e9, call=2e-6)
 GPU = Device(flops=4e13, memory=3e12, call=5e-6)
 
@@ -67,6 +73,18 @@ def move_seconds(before: Placement, after: Placement, whole: float, n: int, link
         return 0.0
     hops = 2 * (n - 1) if is_partial(before) and after == REPLICATE else n - 1
     return (hops + 1) * link.latency + wire / link.bandwidth
+
+
+def bucket_bytes(link: Link, n: int) -> int:
+    """How large a bucket of reductions over n workers should be.
+
+    Where collectives run beside kernels, a bucket is sent as soon as its latency is a small share of an
+    all-reduce's time: (2 (n-1) + 1) alpha = share * 2 (n-1)/n bytes / bandwidth.
+    """
+    if not link.overlaps or n == 1:
+        return WHOLE_BUCKET
+    hops = 2 * (n - 1)
+    return round((hops + 1) * link.latency * link.bandwidth * n / (hops * LATENCY_SHARE))
 
 
 def compute_seconds(flops: float, traffic: float, device: Device) -> float:

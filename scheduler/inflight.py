@@ -47,6 +47,7 @@ class Inflight:
         self.unread: dict[int, tuple[Body, int]] = {}
         self._unwanted: set[int] = set()
         self.peaks = [0] * mesh.size        # bytes, by rank
+        self.traffic: list[Sequence[tuple[int, int]]] = [()] * mesh.size    # (calls, bytes) by rank and axis
         self.tracer: Tracer | None = None
 
     def add(self, batch: int, sent: Sent) -> None:
@@ -83,6 +84,7 @@ class Inflight:
         if reply is None:
             return
         self.peaks[reply.rank] = reply.peak
+        self.traffic[reply.rank] = reply.traffic
         if self.tracer is not None:
             self.tracer.driver("wait", start)
             self.tracer.replied(reply)

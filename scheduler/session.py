@@ -358,7 +358,8 @@ class Session:
             dead,
             self.temporary,
             self.planner.number,
-            self.mesh.size,
+            self.planner.links,
+            self.axes.shape,
         )
         self._bodies[key] = body
         if len(self._bodies) > BODIES:

@@ -17,6 +17,7 @@ from typing import Any
 from meshtape.runtime.protocol import Reply
 
 DRIVER = -1
+LANES = ("kernels", "collectives beside them")
 
 
 class Tracer:
@@ -25,18 +26,19 @@ class Tracer:
 
     def __init__(self, nodes: Sequence[str], devices: Sequence[str]) -> None:
         self.names = [f"worker {r} ({n}, {d})" for r, (n, d) in enumerate(zip(nodes, devices, strict=True))]
-        self.spans: list[tuple[int, str, int, int, dict[str, Any]]] = []  # rank, name, start, duration, args
+        # rank, lane, category, name, start, duration, args; lane 1 is what a worker does beside its kernels
+        self.spans: list[tuple[int, int, str, str, int, int, dict[str, Any]]] = []
         self.sent: dict[int, int] = {}
         self.best: dict[int, tuple[int, int]] = {}      # by rank: (uncertainty, offset)
         self.mark = perf_counter_ns()
 
     def driver(self, name: str, start: int, **args: Any) -> None:
         """The driver did something from `start` until now."""
-        self.spans.append((DRIVER, name, start, perf_counter_ns() - start, args))
+        self.spans.append((DRIVER, 0, "driver", name, start, perf_counter_ns() - start, args))
 
     def flushed(self, batch: int, start: int, ops: int, known: bool, fed: int) -> None:
         """A batch was sent; what lies between two flushes is recording (and the user's own code)."""
-        self.spans.append((DRIVER, "record", self.mark, max(0, start - self.mark), {"ops": ops}))
+        self.spans.append((DRIVER, 0, "driver", "record", self.mark, max(0, start - self.mark), {"ops": ops}))
         self.driver("flush", start, batch=batch, ops=ops, digest="known" if known else "new", bytes_fed=fed)
         self.sent[batch] = start
         self.mark = perf_counter_ns()
@@ -51,25 +53,29 @@ class Tracer:
         offset = ((began - start) + (ended - now)) // 2
         if reply.rank not in self.best or uncertainty < self.best[reply.rank][0]:
             self.best[reply.rank] = (uncertainty, offset)
-        self.spans.append((reply.rank, f"batch {reply.batch}", began, ended - began, {}))
-        self.spans += [(reply.rank, s.name, s.start, s.duration, {}) for s in reply.spans]
+        self.spans.append((reply.rank, 0, "batch", f"batch {reply.batch}", began, ended - began, {}))
+        self.spans += [(reply.rank, int(s.beside), s.kind, s.name, s.start, s.duration,
+                        {"bytes_sent": s.sent} if s.sent else {}) for s in reply.spans]
 
     def write(self, path: str | Path) -> None:
         """One JSON file; open it at ui.perfetto.dev or chrome://tracing."""
-        zero = min((s - self._offset(rank) for rank, _, s, _, _ in self.spans), default=0)
+        zero = min((start - self._offset(rank) for rank, *_, start, _, _ in self.spans), default=0)
         events: list[dict[str, Any]] = []
         for pid, name in enumerate(["driver", *self.names]):
             events.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": name}})
             events.append({"ph": "M", "name": "process_sort_index", "pid": pid, "tid": 0,
                            "args": {"sort_index": pid}})
-        for rank, name, start, duration, args in self.spans:
+        for pid, lane in sorted({(span[0] + 1, span[1]) for span in self.spans}):
+            events.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": lane,
+                           "args": {"name": "driver" if not pid else LANES[lane]}})
+        for rank, lane, kind, name, start, duration, args in self.spans:
             events.append(
                 {
                     "ph": "X",
                     "name": name,
-                    "cat": category(rank, name),
+                    "cat": kind,
                     "pid": rank + 1,
-                    "tid": 0,
+                    "tid": lane,
                     "ts": (start - self._offset(rank) - zero) / 1e3,
                     "dur": duration / 1e3,
                     "args": args,
@@ -79,11 +85,3 @@ class Tracer:
 
     def _offset(self, rank: int) -> int:
         return self.best[rank][1] if rank in self.best else 0
-
-
-def category(rank: int, name: str) -> str:
-    """driver, collective, feed, compile, batch or kernel: viewers colour and filter by it."""
-    if rank == DRIVER:
-        return "driver"
-    word = name.split(" ")[0]
-    return word if word in ("collective", "feed", "compile", "batch") else "kernel"

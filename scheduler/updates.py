@@ -98,8 +98,10 @@ class _Links:
 
 
 def join_updates(steps: Sequence[Recorded], instrs: Sequence[Instr], number: Callable[[Instr], int],
-                 dead: frozenset[int]) -> list[Recorded]:
+                 dead: frozenset[int], overlaps: Sequence[bool]) -> list[Recorded]:
     """The steps with every sharded update, from the cuts to the all-gathers, as one "sharded_update".
+
+    Not on mesh axes whose collectives run beside kernels: there the reduce-scatters begin during backward.
 
     Its attrs are the update's op, that op's attrs, the mesh axis, and per parameter the dimension that is
     split, or -1. Its operands are those of the update, but parameters are whole and gradients are addends.
@@ -109,7 +111,7 @@ def join_updates(steps: Sequence[Recorded], instrs: Sequence[Instr], number: Cal
     gone: set[int] = set()
     for at, step in enumerate(steps):
         found = _joined(at, step, links, number)
-        if found is not None:
+        if found is not None and not overlaps[found[1][0].axis]:
             joined[at], parts = found
             for p in parts:
                 gone.update((p.cut, p.scatter, p.gather))

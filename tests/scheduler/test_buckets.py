@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from meshtape.runtime.protocol import Instr, TensorType
 from meshtape.scheduler.body import assemble
-from meshtape.scheduler.buckets import Recorded, bucket, merge_duplicates, unflatten
+from meshtape.scheduler.buckets import Recorded, bucket, hoist, merge_duplicates, unflatten
+from meshtape.scheduler.cost import LINKS, bucket_bytes
 
 P, R = ("sum",), (-1,)
 
@@ -45,7 +46,7 @@ def test_reductions_wait_for_their_first_reader_and_go_together() -> None:
     numbers = Numbers(MAKE, reduce(4), UPDATE)
     steps = [Recorded(0, (), (0,), 0), Recorded(1, (0,), (1,), 1), Recorded(0, (), (2,), 2),
              Recorded(1, (2,), (3,), 3), Recorded(2, (1, 3), (4, 5), 4)]
-    found = bucket(steps, numbers.instrs, numbers)
+    found = bucket(steps, numbers.instrs, numbers, [1 << 20])
     assert names(found, numbers) == ["make", "make", "all_reduce_bucket", "update"]
     assert found[2].ins == (0, 2) and found[2].outs == (1, 3)
 
@@ -54,7 +55,7 @@ def test_a_reader_in_between_closes_the_bucket() -> None:
     numbers = Numbers(MAKE, reduce(4), USE)
     steps = [Recorded(0, (), (0,), 0), Recorded(1, (0,), (1,), 1), Recorded(2, (1,), (2,), 2),
              Recorded(0, (), (3,), 3), Recorded(1, (3,), (4,), 4)]
-    assert names(bucket(steps, numbers.instrs, numbers), numbers) == [
+    assert names(bucket(steps, numbers.instrs, numbers, [1 << 20]), numbers) == [
         "make", "redistribute", "use", "make", "redistribute"]
 
 
@@ -65,7 +66,7 @@ def test_a_full_bucket_is_sent() -> None:
         for k in range(4)
         for s in (Recorded(0, (), (2 * k,), 2 * k), Recorded(1, (2 * k,), (2 * k + 1,), 0))
     ]
-    found = bucket(steps, numbers.instrs, numbers, limit=32)
+    found = bucket(steps, numbers.instrs, numbers, [32])
     assert names(found, numbers).count("all_reduce_bucket") == 2
 
 
@@ -88,7 +89,25 @@ def test_a_parameter_is_gathered_for_each_reader() -> None:
 
 def test_equal_bodies_have_equal_digests() -> None:
     numbers = Numbers(MAKE, reduce(4), USE)
-    bodies = [assemble([0, 0, 1, 0, 1, 2, 1, 2], numbers.instrs, 3, dead, (1,), numbers, 2)
+    bodies = [assemble([0, 0, 1, 0, 1, 2, 1, 2], numbers.instrs, 3, dead, (1,), numbers, [LINKS["shm"]], (2,))
               for dead in ((0, 1), (0, 1), (0, 1, 2))]
     assert bodies[0].digest == bodies[1].digest != bodies[2].digest
     assert bodies[0].external == () and set(bodies[0].types) == {0, 1, 2}
+
+
+def test_a_bucket_that_runs_beside_kernels_begins_when_its_last_gradient_is_made() -> None:
+    numbers = Numbers(MAKE, reduce(4), UPDATE, USE)
+    steps = [Recorded(0, (), (0,), 0), Recorded(0, (), (2,), 1), Recorded(3, (9,), (10,), 2),
+             Recorded(1, (0,), (1,), 3), Recorded(1, (2,), (3,), 4), Recorded(2, (1, 3), (4, 5), 5)]
+    found = bucket(steps, numbers.instrs, numbers, [1 << 20])
+    assert names(found, numbers) == ["make", "make", "use", "all_reduce_bucket", "update"]
+    assert hoist(found, numbers.instrs, [False]) == found
+    early = hoist(found, numbers.instrs, [True])
+    assert names(early, numbers) == ["make", "make", "all_reduce_bucket", "use", "update"]
+
+
+def test_buckets_are_large_where_latency_is() -> None:
+    """And as large as can be where nothing is gained by sending early."""
+    tcp = bucket_bytes(LINKS["tcp"], 2)
+    assert round(3 * LINKS["tcp"].latency / (tcp / LINKS["tcp"].bandwidth), 6) == 0.1
+    assert bucket_bytes(LINKS["tcp"], 8) > tcp and bucket_bytes(LINKS["shm"], 2) > 4 * tcp
