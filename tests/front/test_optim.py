@@ -76,6 +76,41 @@ def test_twenty_steps_are_torch_s(name: str, options: dict[str, Any], workers: i
         np.testing.assert_allclose(p.numpy(), t.detach().numpy(), rtol=1e-11, atol=1e-12)
 
 
+def test_equal_numbers_are_told_apart_when_an_update_is_repeated() -> None:
+    """Both betas and the weight decay are one Python object at first; later each changes by itself."""
+    ps, ts = ours_and_theirs()
+    half = 0.5
+    ours, theirs = (lib.AdamW(params, lr=half, betas=(half, half), weight_decay=half)
+                    for lib, params in ((optim, ps), (torch.optim, ts)))
+    for change in ({}, {}, {"lr": 0.1}, {"betas": (0.5, 0.9)}, {"weight_decay": 0.0}, {"betas": (0.1, 0.9)}):
+        ours.param_groups[0].update(change)
+        theirs.param_groups[0].update(change)
+        descend(ps, ours, mt.tensor)
+        descend(ts, theirs, torch.tensor)
+        ours.step()
+        theirs.step()
+    for p, t in zip(ps, ts, strict=True):
+        np.testing.assert_allclose(p.numpy(), t.detach().numpy(), rtol=1e-11, atol=1e-12)
+
+
+def test_a_state_dict_is_a_snapshot_and_a_state_can_be_replaced(workers: int) -> None:
+    (p, *_), (t, *_) = ours_and_theirs()
+    ours, theirs = optim.Adam([p], lr=0.1), torch.optim.Adam([t], lr=0.1)
+    for step in range(6):
+        for x, optimizer, tensor in ((p, ours, mt.tensor), (t, theirs, torch.tensor)):
+            optimizer.zero_grad()
+            ((x - tensor(TARGETS[0])) ** 2).sum().backward()
+            if step == 4:
+                optimizer.state[x]["exp_avg"] = tensor(np.ones(SHAPES[0]))
+            optimizer.step()
+        if step == 2:
+            saved = ours.state_dict()["state"][0]
+            held, before = ours.state[p]["exp_avg"], saved["exp_avg"].numpy()
+    np.testing.assert_allclose(p.numpy(), t.detach().numpy(), rtol=1e-11, atol=1e-12)
+    assert saved["step"] == 3 and np.array_equal(saved["exp_avg"].numpy(), before)
+    assert held is not ours.state[p]["exp_avg"]
+
+
 def test_parameters_keep_identity_layout_and_leaf() -> None:
     mt.init(workers=2, backend="local")
     ps, _ = ours_and_theirs()
