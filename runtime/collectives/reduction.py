@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -17,6 +18,7 @@ UFUNCS = {"sum": np.add, "max": np.maximum, "min": np.minimum, "prod": np.multip
 BLOCK = 32 * 1024
 
 
+@lru_cache(maxsize=256)
 def accumulator(dtype: np.dtype[Any], op: str) -> np.dtype[Any]:
     """The dtype in which `op` accumulates values of `dtype`."""
     narrow = dtype.name in ("float16", "bfloat16") and op in ("sum", "prod")
@@ -38,6 +40,7 @@ def reduce_into(out: HostArray, parts: Sequence[HostArray], op: str) -> None:
         _accumulate(out, parts, op)
 
 
+@lru_cache(maxsize=256)
 def direct(dtype: np.dtype[Any], op: str) -> Any:
     """The ufunc that reduces two arrays in one step, or None if it takes more."""
     one_step = accumulator(dtype, op) == dtype and not (op == "prod" and dtype.kind == "c")

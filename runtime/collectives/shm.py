@@ -32,9 +32,9 @@ from meshtape.runtime.collectives.turns import Script, Stage, Turn, exchange, ga
 from meshtape.runtime.errors import CommTimeout
 from meshtape.runtime.shards import Shape
 
-# Up to this many bytes, reading everybody's whole arrays is faster than more turns. Two ranks read the same
-# amount either way.
-ONE_TURN = 64 * 1024
+# Bytes that a rank may read beyond what it must, if that spares turns: everybody's whole arrays instead of a
+# share of everybody's and everybody's reduced shares. Two ranks read the same amount either way.
+BEYOND = 256 * 1024
 # Polls of a counter before the processor is offered to others, and such offers before sleeping: half a
 # millisecond of them, in which a driver on the same processors finds its turn, since waking up from sleep
 # costs more than a small collective. With more ranks than processors, sleep soon: the peers need them.
@@ -190,19 +190,16 @@ class ShmCommunicator(HostCommunicator):
 
     def _reduce(self, plan: Plan, turn: Turn, given: Sequence[HostArray], outs: Sequence[HostArray]) -> None:
         ufunc = plan.ufunc
-        if self.size > 2 or ufunc is None:
-            for i, key, rooms, to in turn.reductions:
-                mine = given[i] if key is None else given[i][key]
-                out = outs[i] if to is None else outs[i][to]
-                reduce_into(out, [mine if room is None else room for room in rooms], plan.op)
-            return
-        for i, key, (first, second), to in turn.reductions:
+        for i, key, rooms, to in turn.reductions:
             mine = given[i] if key is None else given[i][key]
             out = outs[i] if to is None else outs[i][to]
-            if first is None:
-                ufunc(mine, second, out=out)
-            else:
-                ufunc(first, mine, out=out)
+            first, second, *rest = [mine if room is None else room for room in rooms]
+            if ufunc is None or (self.rank > 1 and np.may_share_memory(mine, out)):
+                reduce_into(out, (first, second, *rest), plan.op)
+                continue
+            ufunc(first, second, out=out)
+            for part in rest:
+                ufunc(out, part, out=out)
 
     # -- other verbs
 
@@ -293,7 +290,8 @@ class ShmCommunicator(HostCommunicator):
 
 
 def _reducing(stage: Stage, plan: Plan, first: int) -> list[Script]:
-    if stage.size == 2 or plan.total * plan.dtype.itemsize <= ONE_TURN:
+    size, nbytes = stage.size, plan.total * plan.dtype.itemsize
+    if (size - 1) * (size - 2) * nbytes <= size * BEYOND:
         return [exchange(stage, plan.shapes, first)]
     bands = shares(plan.shapes, stage.size)
     scattering = scatter(stage, bands, first, whole=True)
