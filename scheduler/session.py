@@ -30,7 +30,7 @@ from meshtape.scheduler.trace import Tracer
 
 PENDING_LIMIT = 1024        # instructions after which a batch is sent unasked
 IN_FLIGHT = 8               # batches sent and not yet answered
-ANSWER_EVERY = 4            # batches of which one is answered though nothing is fetched: a driver that is woken
+ANSWER_EVERY = 4            # batches of which one is answered though nothing is fetched: a driver that wakes
                             # takes the processor from a worker
 BODIES = 512                # programs that workers keep
 SMALL = 1 << 16             # bytes up to which a Partial tensor is fetched as addends and combined here
