@@ -312,6 +312,9 @@ def backward(tensor: Tensor, gradient: Tensor | None = None, *, retain_graph: bo
          retain_graph=create_graph if retain_graph is None else retain_graph, create_graph=create_graph)
 
 
+Tensor._backward = staticmethod(backward)
+
+
 def grad(outputs: Tensor | Sequence[Tensor], inputs: Tensor | Sequence[Tensor],
          grad_outputs: Tensor | Sequence[Tensor | None] | None = None, *, retain_graph: bool | None = None,
          create_graph: bool = False, allow_unused: bool = False) -> tuple[Tensor | None, ...]:

@@ -32,7 +32,8 @@ class Tensor:
     spec: Spec
     edge: Any
     _grad: Tensor | None        # not set before there is one
-    _apply: Callable[..., Any]
+    _apply: Callable[..., Any]          # these two are set by the modules above this one
+    _backward: Callable[..., None]
 
     if TYPE_CHECKING:       # operators are installed below, array methods by meshtape.methods
         def __getattr__(self, name: str) -> Any: ...
@@ -243,8 +244,7 @@ class Tensor:
     def backward(self, gradient: Tensor | None = None, retain_graph: bool | None = None,
                  create_graph: bool = False) -> None:
         """Accumulate gradients into the leaves this tensor was computed from; see autograd.tape.backward."""
-        from meshtape.autograd.tape import backward
-        backward(self, gradient, retain_graph=retain_graph, create_graph=create_graph)
+        self._backward(self, gradient, retain_graph=retain_graph, create_graph=create_graph)
 
     # --- in place: rebind this handle ---------------------------------------------------------------
 
