@@ -56,7 +56,7 @@ class Inflight:
         A value that came unasked, and whose tensor goes without anyone having looked, is not sent for again.
         """
         coming = {f.id for s in self.sent.values() for f in s.fetch}
-        for name in sent.frees:
+        for name in sent.frees if coming or self.values or self.unread else ():
             guess = self.unread.pop(name, None)
             if guess is not None:
                 guess[0].asked.discard(guess[1])
@@ -142,7 +142,7 @@ class Inflight:
     def _settle(self, sent: Sent) -> None:
         """All ranks answered a batch: note its failures and everything that they spoil."""
         body = sent.body
-        for name in sent.frees:
+        for name in sent.frees if self.poisoned else ():
             self.poisoned.pop(name, None)
         failures = [f for r in sent.replies for f in r.failures]
         if body is None or (not failures and not self.poisoned):
