@@ -29,15 +29,15 @@ def _gru(xp: Any, x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -
     joint = joint_input(xp, x, h)
     of_both, of_hidden, of_input = _weights(xp, w_ih, w_hh, b_ih, b_hh, batch)
     a, u = xp.empty((3, batch, width), x.dtype), xp.empty((batch, width), x.dtype)
-    rows, sums = of_both.rows(joint), of_both.places(a[:2])
-    hidden, kept_m = of_hidden.rows(joint[:, :, :width + 1]), of_hidden.places(saved[:, 3:])
-    fed, sum_n = of_input.rows(joint[:, :, width:]), of_input.places(a[2:])
+    multiply = of_both.into(joint, a[:2])
+    multiply_hidden = of_hidden.into(joint[:-1, :, :width + 1], saved[:, 3:])
+    multiply_input = of_input.into(joint[:, :, width:], a[2:])
     gates, n_sum = a[:2], a[2]
     for t in range(len(x)):
         s, n, m = saved[t, :2], saved[t, 2], saved[t, 3]
-        xp.matmul(rows[t], of_both.blocks, out=sums)
-        xp.matmul(hidden[t], of_hidden.blocks, out=kept_m[t])
-        xp.matmul(fed[t], of_input.blocks, out=sum_n)
+        multiply(t)
+        multiply_hidden(t)
+        multiply_input(t)
         xp.tanh(gates, out=s)
         halve_and_shift(s)
         n_sum += xp.multiply(s[0], m, out=u)

@@ -29,12 +29,12 @@ def _lstm(xp: Any, x: Any, h0: Any, c0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_
     y, cells = (xp.empty((len(x), *h0.shape), x.dtype) for _ in range(2))
     gates = xp.empty((len(x), 4, *h0.shape), x.dtype)
     joint = joint_input(xp, x, h0)
-    weights = Panels(xp, joint_weights(xp, w_ih, w_hh, b_ih + b_hh, ORDER, 3), len(h0))
     a, u = xp.empty((4, *h0.shape), x.dtype), xp.empty(h0.shape, x.dtype)
-    rows, places = weights.rows(joint), weights.places(a)
+    weights = joint_weights(xp, w_ih, w_hh, b_ih + b_hh, ORDER, 3)
+    multiply = Panels(xp, weights, len(h0)).into(joint, a)
     following = joint[1:, :, :h0.shape[1]]
-    for row, kept, cell, h, later in zip(rows, gates, cells, y, following, strict=False):
-        xp.matmul(row, weights.blocks, out=places)
+    for t, (kept, cell, h, later) in enumerate(zip(gates, cells, y, following, strict=True)):
+        multiply(t)
         xp.tanh(a, out=kept)
         halve_and_shift(kept[:3])
         o, i, f, g = kept

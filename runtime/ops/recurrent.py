@@ -161,11 +161,11 @@ def _rnn(xp: Any, x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, n
     dtype = x.dtype
     x, h0, w_ih, w_hh, b_ih, b_hh = map(wide, (x, h0, w_ih, w_hh, b_ih, b_hh))
     joint, y = joint_input(xp, x, h0), xp.empty((len(x), *h0.shape), x.dtype)
-    weights = Panels(xp, joint_weights(xp, w_ih, w_hh, b_ih + b_hh, (0,), 0), len(h0))
     a, zero = xp.empty(h0.shape, x.dtype), xp.zeros(h0.shape, x.dtype)
-    rows, places = weights.rows(joint), weights.places(a[None])
-    for row, h, later in zip(rows, y, joint[1:, :, :h0.shape[1]], strict=False):
-        xp.matmul(row, weights.blocks, out=places)
+    weights = joint_weights(xp, w_ih, w_hh, b_ih + b_hh, (0,), 0)
+    multiply = Panels(xp, weights, len(h0)).into(joint, a[None])
+    for t, (h, later) in enumerate(zip(y, joint[1:, :, :h0.shape[1]], strict=True)):
+        multiply(t)
         if nonlinearity == "tanh":
             xp.tanh(a, out=h)
         else:

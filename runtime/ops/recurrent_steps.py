@@ -22,6 +22,7 @@ from meshtape.runtime.panels import Panels
 
 CACHED = 16384          # elements of a state in as many steps as are prepared together: ten such arrays
 ROWS = 640              # steps times batch of a run, long enough for products at full speed
+APART = 16              # elements between rows whose length may be a power of two: other sets of the cache
 
 
 def wide(x: Any) -> Any:
@@ -63,7 +64,7 @@ class Sweep:
 
     `hidden` are the gates, by their place in the weights, whose gradients lie in d from the left: those of
     the products with weight_hh; `fed` those from the right: of the products with weight_ih. Together they
-    cover all `blocks`. `dh` is where products with weight_hh are written.
+    cover all `blocks`. back(k) writes d[k] @ weight_hh to `dh`.
     """
 
     def __init__(self, xp: Any, x: Any, h0: Any, y: Any, w_ih: Any, w_hh: Any, hidden: Sequence[int],
@@ -71,21 +72,17 @@ class Sweep:
         self.xp, self.x, self.h0, self.y = xp, x, h0, y
         self.hidden, self.fed, self.width = list(hidden), list(fed), w_hh.shape[1]
         steps, batch, width = y.shape
-        run = min(steps, max(1, ROWS // max(1, batch))) if xp is np else steps
-        self.d = xp.empty((run, batch, blocks * width), y.dtype)
+        run = -(-steps // max(1, round(steps * batch / ROWS))) if xp is np else steps
+        self.d = xp.empty((run, batch, blocks * width + APART), y.dtype)[:, :, :blocks * width]
         self.by_block = self.d.reshape(run, batch, blocks, width).swapaxes(1, 2)
         self.d_hidden = self.d[:, :, :len(self.hidden) * width]
         self.d_fed = self.d[:, :, (blocks - len(self.fed)) * width:]
-        back = Panels(xp, self._gates(w_hh, self.hidden), batch)
-        self.blocks, self.left, self.right = back.blocks, back.rows(self.d_hidden), back.places(dh[None])
+        self.back = Panels(xp, self._gates(w_hh, self.hidden), batch).into(self.d_hidden, dh[None])
         self.dw_ih = xp.zeros((len(self.fed) * width, x.shape[2]), y.dtype)
         self.dw_hh = xp.zeros((len(self.hidden) * width, width), y.dtype)
         self.db = xp.zeros(blocks * width, y.dtype)
         self.dx = xp.empty((steps if input_grad else 0, *x.shape[1:]), y.dtype)
-        if input_grad:
-            through = Panels(xp, self._gates(w_ih, self.fed), batch)
-            self.w_ih, self.dx_left = through.blocks, through.rows(self.d_fed)
-            self.dx_right = through.places(self.dx[:, None])
+        self.w_ih = Panels(xp, self._gates(w_ih, self.fed), run * batch) if input_grad else None
 
     def _gates(self, w: Any, order: list[int]) -> Any:
         """A weight as (1, G * H, K), its gates in `order`."""
@@ -106,10 +103,6 @@ class Sweep:
         size = max(1, CACHED // max(1, batch * width)) if self.xp is np else len(self.y)
         return (slice(max(steps.start, stop - size), stop) for stop in range(steps.stop, steps.start, -size))
 
-    def back(self, k: int) -> None:
-        """dh = d[k] @ weight_hh, for step k of the run."""
-        self.xp.matmul(self.left[k], self.blocks, out=self.right)
-
     def _sum(self, steps: slice) -> None:
         xp, count = self.xp, steps.stop - steps.start
         batch = len(self.h0)
@@ -122,8 +115,8 @@ class Sweep:
         self.dw_hh += xp.matmul(hidden[first:].T, before.reshape(rows - first, self.width))
         if first:
             self.dw_hh += xp.matmul(hidden[:first].T, self.h0)
-        if len(self.dx):
-            xp.matmul(self.dx_left[:count], self.w_ih, out=self.dx_right[steps])
+        if self.w_ih is not None:
+            self.w_ih.into(fed[None], self.dx[steps].reshape(1, rows, self.x.shape[2]))(0)
 
     def results(self) -> list[Any]:
         """Gradients of x (of no steps unless asked for), weights, biases; gates in the weights' order."""
