@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from meshtape.runtime.ops.narrow import multiply
-from meshtape.runtime.ops.windows import Pairs, innermost, meetings, products
+from meshtape.runtime.ops.narrow import inner_products, multiply
+from meshtape.runtime.ops.windows import Pairs, innermost, lay_innermost, meetings, products
 from meshtape.runtime.shards import Shape
 
 SAMPLES = 16            # from how many samples on runs are long enough, as measured
@@ -67,15 +67,16 @@ class Rows:
     """Rows of an (N, C, H, W) array as (C, columns, N), with the samples innermost."""
 
     def __init__(self, x: Any, columns: slice) -> None:
-        self.view = x.transpose(1, 2, 3, 0)[:, :, columns]
-        channels, _, width, samples = self.view.shape
+        self.x = x[:, :, :, columns]
+        samples, channels, _, width = self.x.shape
         self.scratch = None if innermost(np, x) else np.empty((channels, width, samples), x.dtype)
 
     def take(self, at: int) -> Any:
-        row = self.view[:, at]
+        """The next call may overwrite it."""
+        row = self.x[:, :, at]
         if self.scratch is None:
-            return row
-        self.scratch[...] = row
+            return row.transpose(1, 2, 0)
+        lay_innermost(row, self.scratch)
         return self.scratch
 
 
@@ -162,11 +163,7 @@ def weight_grad(upstream: Any, x: Any, g: Geometry) -> Any:
         for at in range(g.count[0]):
             turn, matrix = columns.take(at)
             right = rows.take(at).reshape(g.groups, outputs, matrix.shape[2])
-            # BLAS is faster with the larger factor on the left.
-            if taps >= outputs:
-                totals[turn] += np.matmul(matrix, right.swapaxes(1, 2))
-            else:
-                totals[turn] += np.matmul(right, matrix.swapaxes(1, 2)).swapaxes(1, 2)
+            totals[turn] += inner_products(matrix, right)
     totals = totals.reshape(high, g.groups, high, channels, g.kernel[1], outputs)
     turns = np.arange(high)
     # What tap row t meets lies in slot (t + turn) % high.

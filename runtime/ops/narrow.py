@@ -1,4 +1,4 @@
-"""Products of a matrix of few rows with a wide one on a CPU.
+"""Products of matrices of few rows and very many columns on a CPU.
 
 OpenBLAS copies its operands into panels first, which takes as long as multiplying by a few rows. Small
 products it does in place (on processors with AVX-512), so that pieces are faster: 32 x 576 by 576 x 1024 at
@@ -14,6 +14,7 @@ import numpy as np
 ROWS = 48               # up to which pieces are faster
 IN_PLACE = 10 ** 6      # multiplications up to which OpenBLAS does not copy operands
 BLOCK = 64              # columns of a piece, at least
+RESULTS = 1200          # elements of a product up to which sums in pieces are faster
 
 
 def multiply(left: Any, right: Any, out: Any) -> None:
@@ -29,6 +30,22 @@ def multiply(left: Any, right: Any, out: Any) -> None:
         addend = np.empty_like(out)
         _multiply_by_blocks(left[:, :, at:at + step], right[:, at:at + step], addend)
         out += addend
+
+
+def inner_products(left: Any, right: Any) -> Any:
+    """left @ right' for stacks of matrices (groups, rows, inner) and (groups, columns, inner)."""
+    if left.shape[1] < right.shape[1]:          # BLAS is faster with more rows than columns
+        return inner_products(right, left).swapaxes(1, 2)
+    inner, results = left.shape[2], left.shape[1] * right.shape[1]
+    right = right.swapaxes(1, 2)
+    if not 0 < results <= RESULTS or results * inner <= IN_PLACE:
+        return np.matmul(left, right)
+    step = max(1, IN_PLACE // results)
+    step = -(-inner // -(-inner // step))
+    total = np.matmul(left[:, :, :step], right[:, :step])
+    for at in range(step, inner, step):
+        total += np.matmul(left[:, :, at:at + step], right[:, at:at + step])
+    return total
 
 
 def _multiply_by_blocks(left: Any, right: Any, out: Any) -> None:

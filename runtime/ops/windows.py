@@ -11,10 +11,13 @@ from itertools import product
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.shards import Shape
 
 Pairs = tuple[tuple[int, int], ...]
+SPREAD = 1024           # bytes
 
 
 def check_geometry(name: str, size: Shape, kernel: Shape, stride: Shape, padding: Sequence[Any],
@@ -68,8 +71,26 @@ def in_order_of(xp: Any, like: Any, x: Any) -> Any:
     if innermost(xp, x) == innermost(xp, like):
         return x
     out = xp.empty_like(like, dtype=x.dtype)
-    out[...] = x
+    if xp is np and x.ndim > 3 and innermost(xp, out):
+        turned = np.moveaxis(out, 0, -1)
+        for row in range(x.shape[2]):
+            lay_innermost(x[:, :, row], turned[:, row])
+    else:
+        out[...] = x
     return out
+
+
+def lay_innermost(x: Any, target: Any) -> None:
+    """Copy `x` (samples, ...), that fits into a cache, to `target` (..., samples).
+
+    Elements of different samples that lie a multiple of a large power of two apart share few cache lines, and
+    reading them in turns takes 2 to 4 ns each; over a copy that spreads them, 0.6 ns.
+    """
+    if x.strides[0] % SPREAD == 0:
+        spread = np.empty((len(x), prod(x.shape[1:]) + 16), x.dtype)[:, :-16].reshape(x.shape)
+        spread[...] = x
+        x = spread
+    target[...] = np.moveaxis(x, 0, -1)
 
 
 def products(xp: Any, left: Any, right: Any) -> Any:

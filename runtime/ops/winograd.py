@@ -25,7 +25,7 @@ import numpy as np
 
 from meshtape.runtime.ops import conv_rows
 from meshtape.runtime.ops.narrow import multiply
-from meshtape.runtime.ops.windows import Pairs
+from meshtape.runtime.ops.windows import Pairs, innermost, lay_innermost
 from meshtape.runtime.shards import Shape
 
 TILE, PATCH = 4, 6
@@ -57,6 +57,15 @@ def tiles_of(count: Shape) -> Shape:
     return tuple(-(-n // TILE) for n in count)
 
 
+def _lay(x: Any, target: Any) -> None:
+    """Copy `x` (N, C, H, W) to `target` (C, H, W, N)."""
+    if innermost(np, x):
+        target[...] = x.transpose(1, 2, 3, 0)
+        return
+    for row in range(x.shape[2]):
+        lay_innermost(x[:, :, row], target[:, row])
+
+
 class Patches:
     """Overlapping patches of a padded input, transformed block by block to (36, channels, patches)."""
 
@@ -65,7 +74,7 @@ class Patches:
         (top, _), (left, _) = padding
         size = tuple(TILE * n + PATCH - TILE for n in self.tiles)
         room = np.zeros((self.channels, *size, self.samples), x.dtype)
-        room[:, top:top + x.shape[2], left:left + x.shape[3]] = x.transpose(1, 2, 3, 0)
+        _lay(x, room[:, top:top + x.shape[2], left:left + x.shape[3]])
         channel, row, column, sample = room.strides
         self.view = np.lib.stride_tricks.as_strided(
             room, (PATCH, PATCH, self.channels, *self.tiles, self.samples),
@@ -133,7 +142,7 @@ def weight_grad(g: Any, x: Any, padding: Pairs) -> Any:
     room = np.moveaxis(g, 0, -1)
     if count != (TILE * down, TILE * across) or not room.flags.c_contiguous:
         room = np.zeros((outputs, TILE * down, TILE * across, samples), g.dtype)
-        room[:, :count[0], :count[1]] = np.moveaxis(g, 0, -1)
+        _lay(g, room[:, :count[0], :count[1]])
     tiles = room.reshape(outputs, down, TILE, across, TILE, samples).transpose(2, 4, 0, 1, 3, 5)
     forth = OF_OUTPUT.T.astype(g.dtype)
     total = np.zeros((PATCH * PATCH, outputs, x.shape[1]), g.dtype)

@@ -139,6 +139,11 @@ def test_products_of_few_rows(monkeypatch: pytest.MonkeyPatch, rows: int, inner:
     out = np.full((2, rows, columns + 3), np.nan)[:, :, :columns]
     narrow.multiply(left, right, out)
     np.testing.assert_allclose(out, left @ right, rtol=1e-12, atol=1e-12)
+    long = RNG.normal(size=(2, 3, inner))
+    wanted = left @ long.swapaxes(1, 2)
+    np.testing.assert_allclose(narrow.inner_products(left, long), wanted, rtol=1e-12, atol=1e-12)
+    turned = narrow.inner_products(long, left).swapaxes(1, 2)
+    np.testing.assert_allclose(turned, wanted, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("limit", [1, 40, 1 << 16])
