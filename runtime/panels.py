@@ -28,7 +28,7 @@ def cut(rows: int, depth: int, width: int) -> tuple[int, int]:
 
     All of it where whole products are as fast. Otherwise what is left over makes smaller blocks.
     """
-    columns = width if width < COLUMNS or width % COLUMNS and width <= 2 * COLUMNS else COLUMNS
+    columns = width if width < COLUMNS or (width % COLUMNS and width <= 2 * COLUMNS) else COLUMNS
     most = MULTIPLICATIONS // max(1, columns * depth)
     if rows < 4 or most < (4 if rows <= FEW else 8) or not depth * width:
         return max(rows, 1), max(width, 1)
