@@ -1,8 +1,8 @@
 """Products of matrices of few rows and very many columns on a CPU.
 
 OpenBLAS copies its operands into panels first, which takes as long as multiplying by a few rows. Small
-products it does in place (on processors with AVX-512), so that pieces are faster: 32 x 576 by 576 x 1024 at
-149 instead of 95 GFLOP/s on a Zen 5 core. Where it has no such kernels, pieces cost some 5 %.
+products it does in place where it has kernels for AVX-512 (see runtime/panels.py), so that pieces are faster:
+32 x 576 by 576 x 1024 at 149 instead of 95 GFLOP/s on a Zen 5 core.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
+from meshtape.runtime.blas import blas_core
+from meshtape.runtime.panels import CORES
 
 ROWS = 48               # up to which pieces are faster
 IN_PLACE = 10 ** 6      # multiplications up to which OpenBLAS does not copy operands
@@ -20,7 +23,7 @@ RESULTS = 1200          # elements of a product up to which sums in pieces are f
 def multiply(left: Any, right: Any, out: Any) -> None:
     """out = left @ right for stacks of matrices (groups, rows, inner) and (groups, inner, columns)."""
     rows, inner = left.shape[1:]
-    if not 1 < rows <= ROWS or rows * inner * right.shape[2] <= IN_PLACE:
+    if not 1 < rows <= ROWS or rows * inner * right.shape[2] <= IN_PLACE or blas_core() not in CORES:
         np.matmul(left, right, out=out)
         return
     parts = -(-rows * inner * BLOCK // IN_PLACE)
@@ -38,7 +41,7 @@ def inner_products(left: Any, right: Any) -> Any:
         return inner_products(right, left).swapaxes(1, 2)
     inner, results = left.shape[2], left.shape[1] * right.shape[1]
     right = right.swapaxes(1, 2)
-    if not 0 < results <= RESULTS or results * inner <= IN_PLACE:
+    if not 0 < results <= RESULTS or results * inner <= IN_PLACE or blas_core() not in CORES:
         return np.matmul(left, right)
     step = max(1, IN_PLACE // results)
     step = -(-inner // -(-inner // step))

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from meshtape.runtime.blas import blas_core
 from meshtape.runtime.op import lookup
 from meshtape.runtime.ops import conv_rows, narrow, nn
 from meshtape.runtime.ops.windows import innermost
@@ -58,6 +59,7 @@ def test_many_samples_are_convolved_like_few(monkeypatch: pytest.MonkeyPatch, si
     places = (conv_rows, "GATHERED"), (narrow, "IN_PLACE"), (narrow, "BLOCK")
     for (module, name), limit in zip(places, limits, strict=True):
         monkeypatch.setattr(module, name, limit)
+    monkeypatch.setattr(narrow, "CORES", (blas_core(),))
     for given in (x, samples_innermost(x)):
         for upstream in (g, samples_innermost(g)):
             for got, true in zip(all_four(given, w, b, upstream, attrs), wanted, strict=True):
@@ -135,6 +137,7 @@ def test_products_of_few_rows(monkeypatch: pytest.MonkeyPatch, rows: int, inner:
                               limit: int, block: int) -> None:
     monkeypatch.setattr(narrow, "IN_PLACE", limit)
     monkeypatch.setattr(narrow, "BLOCK", block)
+    monkeypatch.setattr(narrow, "CORES", (blas_core(),))
     left, right = RNG.normal(size=(2, rows, inner)), RNG.normal(size=(2, inner, columns))
     out = np.full((2, rows, columns + 3), np.nan)[:, :, :columns]
     narrow.multiply(left, right, out)
