@@ -113,7 +113,7 @@ def compile_program(program: Program, site: Site) -> Compiled:
 def _overlaps(instr: Instr, site: Site) -> bool:
     """Whether an instruction is a collective on a mesh axis that overlaps."""
     if instr.op.endswith("_bucket"):
-        return site.overlap[instr.attrs[0]]
+        return bool(site.overlap[instr.attrs[0]])
     if instr.op != "redistribute":
         return False
     return any(site.overlap[moves.changed_axis(before, after)] and moves.communicates(before, after)

@@ -164,7 +164,7 @@ def hoist(steps: Sequence[Recorded], instrs: Sequence[Instr], overlaps: Sequence
 
 def _reduces(instr: Instr, overlaps: Sequence[bool]) -> bool:
     if instr.op in ("all_reduce_bucket", "reduce_scatter_bucket"):
-        return overlaps[instr.attrs[0]]
+        return bool(overlaps[instr.attrs[0]])
     found = collective(instr)
     return found is not None and found.kind.verb != "all_gather_bucket" and overlaps[found.kind.axis]
 
