@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from meshtape.runtime import philox
 from meshtape.runtime.dtypes import canonical, is_floating
 from meshtape.runtime.errors import DTypeError, ShapeError
@@ -79,13 +81,17 @@ def _uniform(xp: Any, seed: int, draw: int, low: float, high: float, shape: Shap
 def _normal(xp: Any, seed: int, draw: int, mean: float, std: float, shape: Shape, dtype: str,
             offset: Shape | None, whole: Shape | None) -> Any:
     """mean + std * z in float64, then rounded."""
+    wanted = canonical(dtype)
+
     def values(start: int, count: int) -> Any:
+        if xp is np and wanted == np.float32:
+            return philox.normal_single(seed, draw, start, count, mean, std)
         z = philox.normal(xp, seed, draw, start, count)
         if (mean, std) != (0, 1):
             z *= std
             z += mean
         return z
-    return _make(xp, values, canonical(dtype), shape, offset, whole)
+    return _make(xp, values, wanted, shape, offset, whole)
 
 
 def _integers(xp: Any, seed: int, draw: int, low: int, high: int, shape: Shape, dtype: str,

@@ -159,6 +159,22 @@ def test_single_precision_normals_are_rounded_doubles() -> None:
         np.testing.assert_array_equal(rounded, exact.astype(dtype))
 
 
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (5.0, 1e-3), (0, -1.5), (1e30, 1e38), (0.0, 1e-42),
+                                           (2.0, 0.0), (0.0, float("inf")), (float("nan"), 1.0)])
+def test_single_precision_normals_have_the_bits_of_rounded_doubles(mean: float, std: float) -> None:
+    with np.errstate(all="ignore"):
+        exact = philox.normal(np, SEED, DRAW, 3, 150_001) * std + mean
+        found = philox.normal_single(SEED, DRAW, 3, 150_001, mean, std)
+        np.testing.assert_array_equal(found, exact.astype(np.float32))
+
+
+def test_cosines_and_sines_from_polynomials_are_as_close_as_is_relied_upon() -> None:
+    turns = np.append(stream(SEED, DRAW, 100_000), np.array([0, 2**62, 2**63, 2**64 - 1], np.uint64))
+    angle = (turns >> np.uint64(11)).astype(np.float64) * (2.0**-53 * 2 * np.pi)
+    for found, wanted in zip(philox._cos_sin(turns), (np.cos(angle), np.sin(angle)), strict=True):
+        assert abs(found - wanted).max() < 2.0**-46
+
+
 def test_integers_cover_their_range_evenly() -> None:
     x = draw("random_integers", -3, 47, shape=(100_000,), dtype="int32")
     assert x.dtype == np.int32 and x.min() == -3 and x.max() == 46
