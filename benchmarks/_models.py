@@ -97,7 +97,7 @@ def lstm(inputs: int, hidden: int) -> Callable[[Any], Any]:
 
 
 MODELS = {
-    "mlp64": Model(mlp(64, 128, 128, 10), (64,), 10, 64, 60),
+    "mlp64": Model(mlp(64, 128, 128, 10), (64,), 10, 64, 200),
     "mlp784": Model(mlp(784, 512, 512, 10), (784,), 10, 256, 12),
     "mlpnorm": Model(mlp(256, 1024, 1024, 10, norm=True), (256,), 10, 256, 6),
     "cnn28": Model(cnn, (1, 28, 28), 10, 128, 6),
