@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -124,6 +125,9 @@ def main() -> None:
         _runner.serve(build, options)
         return
     names = options.contenders.split(",")
+    if "compile" in names and not any(map(shutil.which, ("g++", "clang++"))):
+        print("no C++ compiler here, which torch.compile needs: left out")
+        names.remove("compile")
     ratios = [(a, b) for a, b in RATIOS if {a, b} <= set(names)]
     print(f"OPENBLAS_CORETYPE: {os.environ.get('OPENBLAS_CORETYPE', 'not set')}")
     print(_runner.row("ms per step", [*names, *(f"{a}/{b}" for a, b in ratios)]))
