@@ -32,7 +32,7 @@ from meshtape.runtime.ops.reduce import accumulator, sum_
 from meshtape.runtime.ops.rules import COMPLEX, floated
 from meshtape.runtime.ops.shape import reshape
 from meshtape.runtime.ops.slices import slice_, slice_attrs
-from meshtape.runtime.ops.windows import in_order_of, innermost, placed
+from meshtape.runtime.ops.windows import channel_rows, in_order_of, innermost, placed
 from meshtape.runtime.shards import Shape
 
 Attrs = dict[str, Any]
@@ -77,14 +77,7 @@ def _wide(name: str, outs: int = 1) -> Any:
     return rule
 
 
-# --- kernels: x as planes (samples, channels, elements) ---------------------------------------------------
-
-def _planes(xp: Any, x: Any) -> Any:
-    """`x` as (rows, channels, elements): a row is one sample or, with samples innermost, of all samples."""
-    if innermost(xp, x):
-        x = xp.moveaxis(xp.moveaxis(x, 0, -1), 0, 1)
-    return x.reshape(*x.shape[:2], prod(x.shape[2:]))
-
+# --- kernels: x as planes (rows, channels, elements) ------------------------------------------------------
 
 def _runs(xp: Any, planes: Any) -> Iterator[tuple[tuple[slice, slice], slice]]:
     """Parts of planes that stay in cache, (rows, channels), and again their channels."""
@@ -108,11 +101,11 @@ def _like(xp: Any, x: Any) -> Any:
 
 
 def _batch_mean(xp: Any, x: Any, count: int) -> Any:
-    return xp.einsum("ncp->nc", _planes(xp, widen(x))).sum(axis=0) / max(1, count)
+    return xp.einsum("ncp->nc", channel_rows(xp, widen(x))).sum(axis=0) / max(1, count)
 
 
 def _batch_variance(xp: Any, x: Any, mean: Any, count: int) -> Any:
-    planes = _planes(xp, x)
+    planes = channel_rows(xp, x)
     total = xp.zeros(planes.shape[1], mean.dtype)
     for run, channels in _runs(xp, planes):
         centered = planes[run] - _column(mean, channels)
@@ -122,9 +115,9 @@ def _batch_variance(xp: Any, x: Any, mean: Any, count: int) -> Any:
 
 def _batch_norm(xp: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any, training: bool,
                 out: Any = None) -> Any:
-    planes, scale = _planes(xp, x), rstd * weight
+    planes, scale = channel_rows(xp, x), rstd * weight
     result = _like(xp, x)
-    target = _planes(xp, result)
+    target = channel_rows(xp, result)
     for run, channels in _runs(xp, planes):
         centered = planes[run] - _column(mean, channels)
         centered *= _column(scale, channels)
@@ -134,7 +127,7 @@ def _batch_norm(xp: Any, x: Any, mean: Any, rstd: Any, weight: Any, bias: Any, t
 
 
 def _batch_norm_sums(xp: Any, g: Any, x: Any, mean: Any, rstd: Any, training: bool) -> Any:
-    upstream, planes = _planes(xp, in_order_of(xp, x, g)), _planes(xp, x)
+    upstream, planes = channel_rows(xp, in_order_of(xp, x, g)), channel_rows(xp, x)
     out = xp.zeros((2, planes.shape[1]), mean.dtype)
     for run, channels in _runs(xp, planes):
         u = widen(upstream[run])
@@ -146,12 +139,12 @@ def _batch_norm_sums(xp: Any, g: Any, x: Any, mean: Any, rstd: Any, training: bo
 
 def _batch_norm_grad(xp: Any, g: Any, x: Any, mean: Any, rstd: Any, weight: Any, sums: Any,
                      count: int | None, out: Any = None) -> Any:
-    upstream, planes = _planes(xp, in_order_of(xp, x, g)), _planes(xp, x)
+    upstream, planes = channel_rows(xp, in_order_of(xp, x, g)), channel_rows(xp, x)
     n = per_channel(x.shape) if count is None else count
     scale, means = rstd * weight, sums / max(1, n)
     slope, offset = rstd * means[1], means[0]
     result = _like(xp, x)
-    target = _planes(xp, result)
+    target = channel_rows(xp, result)
     for run, channels in _runs(xp, planes):
         taken = planes[run] - _column(mean, channels)
         taken *= _column(slope, channels)

@@ -25,11 +25,12 @@ from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import IO, REQUIRED, Axes, Op, Sample, register
 from meshtape.runtime.ops import conv_rows, winograd
 from meshtape.runtime.ops.contraction import widen
-from meshtape.runtime.ops.reduce import sum_
+from meshtape.runtime.ops.reduce import broadcast_reduced
 from meshtape.runtime.ops.rules import COMPLEX, floated
 from meshtape.runtime.ops.windows import (
     Pairs,
     blocks,
+    channel_rows,
     counts,
     padded,
     placed,
@@ -92,6 +93,12 @@ def _weight_grad_shape(g: Shape, x: Shape, kernel: Shape, groups: int, **geometr
         raise ShapeError(f"conv_weight_grad: for the input {x} and a kernel of {tuple(kernel)} the gradient "
                          f"is {needed}, got {g}")
     return [w]
+
+
+def _bias_grad_shape(g: Shape) -> list[Shape]:
+    if len(g) < 3:
+        raise ShapeError(f"conv_bias_grad: needs (samples, channels, *spatial), got {g}")
+    return [(g[1],)]
 
 
 def _letters(ndim: int, groups: int) -> tuple[str, str, str, dict[str, int]]:
@@ -259,6 +266,10 @@ def _conv_weight_grad(xp: Any, g: Any, x: Any, kernel: Shape, stride: Shape, pad
     return placed(total.reshape(groups * outputs, channels, *kernel), dtype, out)
 
 
+def _conv_bias_grad(xp: Any, g: Any) -> Any:
+    return xp.einsum("ncp->nc", channel_rows(xp, widen(g))).sum(axis=0)
+
+
 # --- rows -----------------------------------------------------------------------------------------------
 
 def _by_x(g: Any, out: Any, x: Any, w: Any, *bias: Any, **attrs: Any) -> Any:
@@ -270,7 +281,7 @@ def _by_w(g: Any, out: Any, x: Any, w: Any, *bias: Any, **attrs: Any) -> Any:
 
 
 def _by_bias(g: Any, out: Any, *inputs: Any, **attrs: Any) -> Any:
-    return sum_(g, axis=(0, *range(2, g.ndim)))
+    return conv_bias_grad(g)
 
 
 _CASES: tuple[tuple[Shape, Shape, Attrs], ...] = (
@@ -318,6 +329,14 @@ conv_weight_grad: Op = register(Op(
     vjp=(lambda u, out, g, x, kernel, **attrs: conv(x, u, **attrs),
          lambda u, out, g, x, kernel, **attrs: conv_input_grad(g, u, size=tuple(x.shape[2:]), **attrs)),
     samples=lambda: [Sample((y, x), {"kernel": w[2:], **attrs}) for x, w, y, attrs in _cases()]))
+
+# The sum over samples and spatial dimensions.
+conv_bias_grad: Op = register(Op(
+    "conv_bias_grad", kernel=_conv_bias_grad, shape=_bias_grad_shape,
+    dtype=floated(COMPLEX)("conv_bias_grad"),
+    axes=lambda g: Axes(("no" + "." * (len(g) - 2),), ("o",)), linear=((0,),),
+    vjp=(lambda u, out, g: broadcast_reduced(u, shape=tuple(g.shape), axis=(0, *range(2, g.ndim))),),
+    samples=lambda: [Sample((y,)) for _, _, y, _ in _cases()]))
 
 
 def transposed_size(size: Shape, kernel: Shape, stride: Shape, padding: Pairs, dilation: Shape,

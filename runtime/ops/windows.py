@@ -93,6 +93,13 @@ def lay_innermost(x: Any, target: Any) -> None:
     target[...] = np.moveaxis(x, 0, -1)
 
 
+def channel_rows(xp: Any, x: Any) -> Any:
+    """`x` as (rows, channels, elements): a row is one sample or, with samples innermost, of all samples."""
+    if innermost(xp, x):
+        x = xp.moveaxis(xp.moveaxis(x, 0, -1), 0, 1)
+    return x.reshape(*x.shape[:2], prod(x.shape[2:]))
+
+
 def products(xp: Any, left: Any, right: Any) -> Any:
     """Matrix products; those of one column and one row are faster by broadcasting than by BLAS."""
     return left * right if left.shape[-1] == 1 else xp.matmul(left, right)
