@@ -35,11 +35,11 @@ from meshtape.runtime.shards import Shape
 # Bytes that a rank may read beyond what it must, if that spares turns: everybody's whole arrays instead of a
 # share of everybody's and everybody's reduced shares. Two ranks read the same amount either way.
 BEYOND = 256 * 1024
-# Polls of a counter before the processor is offered to others, and such offers before sleeping: half a
-# millisecond of them, in which a driver on the same processors finds its turn, since waking up from sleep
-# costs more than a small collective. With more ranks than processors, sleep soon: the peers need them.
-SPINS, YIELDS = 100, 1000
-CROWDED = 0, 20
+# Polls of a counter, then seconds in which the processor is offered to others between polls, before sleeping.
+# A driver on the same processors finds its turn there, and waking up costs more than a collective. With more
+# ranks than processors, sleep soon: the peers need them.
+POLLS, OFFERS = 100, 0.002
+POLLS_IN_A_CROWD, OFFERS_IN_A_CROWD = 0, 20e-6
 # The first sleeps are short, since a wake-up can be missed; later ones spare the processor.
 SHORT_SLEEP, SHORT_SLEEPS, LONG_SLEEP = 0.001, 50, 0.005
 
@@ -62,7 +62,8 @@ class ShmCommunicator(HostCommunicator):
         self._peers = [(peer, arena.progress(peer)) for peer in range(size) if peer != rank]
         self._turn = 0
         self._mailed: dict[tuple[int, int], int] = {}
-        self._spins, self._yields = CROWDED if crowded else (SPINS, YIELDS)
+        self._polls, self._offers = (
+            (POLLS_IN_A_CROWD, OFFERS_IN_A_CROWD) if crowded else (POLLS, OFFERS))
         self._areas = [[arena.area(r, parity) for r in range(size)] for parity in (0, 1)]
 
     # -- turns
@@ -94,10 +95,11 @@ class ShmCommunicator(HostCommunicator):
         where all peers are needed, `peer` is None.
         """
         words = self._words
-        for _ in range(self._spins):
+        for _ in range(self._polls):
             if words[at] >= turn:
                 return
-        for _ in range(self._yields):
+        until = time.monotonic() + self._offers
+        while time.monotonic() < until:
             os.sched_yield()
             if words[at] >= turn:
                 return
