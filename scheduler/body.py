@@ -10,7 +10,7 @@ from typing import NamedTuple
 import msgpack
 
 from meshtape.runtime.protocol import Instr, Program, TensorType
-from meshtape.scheduler.buckets import bucket, hoist, merge_duplicates, unflatten
+from meshtape.scheduler.buckets import advance, bucket, hoist, merge_duplicates, unflatten
 from meshtape.scheduler.cost import Link, bucket_bytes
 from meshtape.scheduler.updates import join_updates
 
@@ -45,6 +45,7 @@ def assemble(recorded: Sequence[int], instrs: Sequence[Instr], n_slots: int, dea
         limits = [bucket_bytes(link, n) for link, n in zip(links, mesh_shape, strict=True)]
         steps = bucket(steps, instrs, number, limits)
         steps = join_updates(steps, instrs, number, frozenset(dead), overlaps)
+        steps = advance(steps, instrs)
         if any(overlaps):
             steps = hoist(steps, instrs, overlaps)
     numbers = {n: k for k, n in enumerate(dict.fromkeys(s.number for s in steps))}

@@ -15,6 +15,10 @@ from meshtape.runtime.moves import changed_axis
 from meshtape.runtime.protocol import Instr
 from meshtape.runtime.shards import REPLICATE, is_partial
 
+# What goes to the front of a batch: bytes of a reduction, how many steps it is with those that it needs, and
+# bytes of each of their operands.
+TINY, FEW, SLIGHT = 1 << 12, 4, 1 << 16
+
 
 class Recorded(NamedTuple):
     """One recorded instruction: its number, slots (negative inputs are scalars), and its place in the batch.
@@ -160,6 +164,48 @@ def hoist(steps: Sequence[Recorded], instrs: Sequence[Instr], overlaps: Sequence
         if at not in moved:
             out += [step, *after.get(at, ())]
     return out
+
+
+def advance(steps: Sequence[Recorded], instrs: Sequence[Instr]) -> list[Recorded]:
+    """Reductions of small values that hardly need any work, such as how many rows of a batch count, moved to
+    the front with what they need.
+
+    Every collective makes each rank wait for the slowest. The batch before has just ended with one, so that
+    there is least to wait for at the front.
+    """
+    maker: dict[int, int] = {}
+    front: set[int] = set()
+    for at, step in enumerate(steps):
+        maker.update(dict.fromkeys(step.outs, at))
+        found = collective(instrs[step.number])
+        if (
+            found is not None
+            and found.kind.verb == "all_reduce_bucket"
+            and _bytes(instrs[step.number]) <= TINY
+        ):
+            needed = _needed(at, steps, maker)
+            if len(needed) <= FEW and all(_slight(instrs[steps[k].number]) for k in needed - {at}):
+                front |= needed
+    return [steps[k] for k in sorted(front)] + [s for k, s in enumerate(steps) if k not in front]
+
+
+def _needed(at: int, steps: Sequence[Recorded], maker: dict[int, int]) -> set[int]:
+    """Step `at` and all steps of the batch that it needs."""
+    found, queue = {at}, [at]
+    while queue:
+        for s in steps[queue.pop()].ins:
+            k = maker.get(s)
+            if k is not None and k not in found:
+                found.add(k)
+                queue.append(k)
+    return found
+
+
+def _slight(instr: Instr) -> bool:
+    """Whether an instruction does no more than go over little data once, and is no collective."""
+    if instr.op == "redistribute" or instr.op.endswith(("_bucket", "_update")):
+        return False
+    return all(canonical(t.dtype).itemsize * prod(t.shape) <= SLIGHT for t in (*instr.ins, *instr.outs) if t)
 
 
 def _reduces(instr: Instr, overlaps: Sequence[bool]) -> bool:

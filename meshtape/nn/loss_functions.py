@@ -12,6 +12,7 @@ from meshtape.runtime.errors import DTypeError, ShapeError
 from meshtape.runtime.op import lookup
 
 CROSS_ENTROPY = lookup("cross_entropy")
+TARGET_COUNT = lookup("target_count")
 
 
 def _t(x: Any) -> Any:
@@ -54,6 +55,8 @@ def cross_entropy(input: Any, target: Any, weight: Tensor | None = None, ignore_
         return _by_probabilities(x, y, weight, reduction, label_smoothing)
     if weight is None and reduction != "none":
         total, count, _ = apply(CROSS_ENTROPY, (x, y), (int(ignore_index), float(label_smoothing)))
+        if count.spec.partial:
+            count = apply(TARGET_COUNT, (y,), (int(ignore_index), count.dtype.name))
         return _cast(total / count.detach() if reduction == "mean" else total, x.dtype)
     logp = _call("log_softmax", x, axis=_class_axis(x, "cross_entropy"))
     if not label_smoothing:

@@ -329,6 +329,19 @@ cross_entropy: Op = register(Op(
     vjp=(_cross_entropy_vjp, None), samples=_cross_entropy_samples))
 
 
+# How many targets count, again: where a batch is split, cross-entropy's own count would have to be reduced
+# between forward and backward, while this one needs no logits and is reduced before forward begins.
+target_count: Op = register(Op(
+    "target_count", attrs={"ignore_index": -100, "dtype": "float32"},
+    kernel=lambda xp, target, ignore_index, dtype: xp.asarray(
+        xp.count_nonzero(target != ignore_index), dtypes.canonical(dtype)),
+    shape=lambda target, **attrs: [()],
+    dtype=lambda target, ignore_index, dtype: (
+        [target_dtype("target_count", target)], [dtypes.canonical(dtype)]),
+    axes=lambda target, **attrs: Axes((_class_letters(len(target) + 1)[1],), ("",)),
+    samples=lambda: [Sample((t,), diff=False) for _, t in _target_cases()]))
+
+
 def _cross_entropy_grad_shape(g: Shape, p: Shape, target: Shape, **attrs: Any) -> list[Shape]:
     _target_shape("cross_entropy_grad", p, target)
     if g:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from meshtape.runtime.protocol import Instr, TensorType
 from meshtape.scheduler.body import assemble
-from meshtape.scheduler.buckets import Recorded, bucket, hoist, merge_duplicates, unflatten
+from meshtape.scheduler.buckets import Recorded, advance, bucket, hoist, merge_duplicates, unflatten
 from meshtape.scheduler.cost import LINKS, bucket_bytes
 
 P, R = ("sum",), (-1,)
@@ -111,3 +111,17 @@ def test_buckets_are_large_where_latency_is() -> None:
     tcp = bucket_bytes(LINKS["tcp"], 2)
     assert round(3 * LINKS["tcp"].latency / (tcp / LINKS["tcp"].bandwidth), 6) == 0.1
     assert bucket_bytes(LINKS["tcp"], 8) > tcp and bucket_bytes(LINKS["shm"], 2) > 4 * tcp
+
+
+def test_a_small_reduction_of_what_is_fed_goes_to_the_front() -> None:
+    feed = Instr("feed", (), (), (tensor(4, (0,)),))
+    count = Instr("target_count", (), (tensor(4, (0,)),), (TensorType((), "float32", P),))
+    total = Instr("redistribute", ((P, R),), (TensorType((), "float32", P),), (TensorType((), "float32", R),))
+    numbers = Numbers(MAKE, USE, feed, count, total)
+    steps = [Recorded(0, (), (0,), 0), Recorded(1, (0,), (1,), 1), Recorded(2, (), (2,), 2),
+             Recorded(3, (2,), (3,), 3), Recorded(4, (3,), (4,), 4), Recorded(1, (1,), (5,), 5)]
+    assert names(advance(steps, numbers.instrs), numbers) == [
+        "feed", "target_count", "redistribute", "make", "use", "use"]
+    far = [Recorded(0, (), (0,), 0), *[Recorded(1, (k,), (k + 1,), k + 1) for k in range(5)],
+           Recorded(3, (5,), (6,), 6), Recorded(4, (6,), (7,), 7)]
+    assert advance(far, numbers.instrs) == far, "too much would have to come along"
