@@ -5,9 +5,10 @@ x is (samples N, channels C, *spatial), w is (outputs O, C / groups, *kernel), t
     y[n, o, p] = sum over c, t of w[o, c, t] * x[n, c, p * stride + t * dilation - padding]
 
 (a cross-correlation, as everywhere in deep learning). All three rows are bilinear. The kernels gather windows
-into a matrix ("im2col") block by block, so that the matrix stays in cache, and multiply once per block. On a CPU
-many samples go row by row, and come out innermost in memory (conv_rows.py); dense 3 x 3 kernels between many
-channels go by minimal filtering (winograd.py). What was measured stands in docs/decisions/0003-convolution.md.
+into a matrix ("im2col") block by block, so that the matrix stays in cache, and multiply once per block. Many
+samples on a CPU go row by row, and come out innermost in memory (conv_rows.py); dense 3 x 3 kernels between
+many channels go by minimal filtering (winograd.py). What was measured stands in
+docs/decisions/0003-convolution.md.
 
 Samples, input and output channels may be split: a split sum over the channels, or over the samples in a
 weight's gradient, is Partial. With groups, the groups may be split. Spatial dimensions are never split.
