@@ -9,6 +9,8 @@ from __future__ import annotations
 from math import prod
 from typing import Any
 
+import numpy as np
+
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import ALPHABET, Axes, Op, Sample, broadcast_shapes, register
 from meshtape.runtime.ops.pointwise import mul
@@ -154,12 +156,27 @@ def _linear_axes(x: Shape, w: Shape, b: Shape) -> Axes:
     return Axes((lead + "K", "NK", "N"), (lead + "N",), additive=(2,))
 
 
+def turns(rows: int, n: int, k: int) -> bool:
+    """Whether x @ w.T, with few rows, is better computed as (w @ x.T).T.
+
+    OpenBLAS packs the whole of w for few rows otherwise. Turned around while the bias is added, 128 rows of
+    1024 by 1024 took 1.42 ms instead of 1.74, 128 of 784 by 512 took 0.52 instead of 0.57, and 256 of 784 by
+    512 no less than 0.99 (EPYC, AVX-512, one thread).
+    """
+    return 16 <= rows <= 160 and n >= max(256, 2 * rows) and k >= 128
+
+
 def _linear(xp: Any, x: Any, w: Any, b: Any, out: Any = None) -> Any:
     dtype = x.dtype
     x, w, b = widen(x), widen(w), widen(b)
     rows = x.reshape(count_rows(x.shape), x.shape[-1]) if x.ndim != 2 else x
-    y = xp.matmul(rows, w.T, out=out if x.ndim == 2 and x.dtype == dtype else None)
-    y += b
+    out = out if x.ndim == 2 and x.dtype == dtype else None
+    if xp is np and turns(rows.shape[0], *w.shape):
+        room = np.empty((len(rows), len(w)), w.dtype) if out is None else out
+        y = np.add(np.matmul(w, rows.T).T, b, out=room)
+    else:
+        y = xp.matmul(rows, w.T, out=out)
+        y += b
     return y.reshape(*x.shape[:-1], w.shape[0]).astype(dtype, copy=False)
 
 

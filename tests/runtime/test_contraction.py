@@ -194,3 +194,16 @@ def test_an_equation_is_read_once_for_all_extents() -> None:
 def test_einsum_says_what_is_wrong_with_an_equation(equation: str, shapes: Any, message: str) -> None:
     with pytest.raises(ShapeError, match=message):
         shape("einsum", *shapes, equation=equation)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16"])
+@pytest.mark.parametrize("rows", [15, 16, 33, 128, 160, 161])
+def test_few_rows_times_a_wide_weight(rows: int, dtype: str) -> None:
+    """Computed the other way round, with the same layout and values."""
+    rng = np.random.default_rng(0)
+    x, w, b = (rng.standard_normal(s).astype(dtype) for s in ((rows, 130), (330, 130), (330,)))
+    got = lookup("linear").kernel(np, x, w, b)
+    wanted = x.astype(float) @ w.T.astype(float) + b
+    assert got.dtype == dtype and got.shape == wanted.shape and got.flags.c_contiguous
+    np.testing.assert_allclose(got, wanted, rtol=1e-2 if dtype == "float16" else 1e-4,
+                               atol=1e-1 if dtype == "float16" else 1e-4)
