@@ -23,7 +23,7 @@ from meshtape.runtime.ops.reduce import accumulator
 from meshtape.runtime.shards import Shape
 
 CACHED = 32768          # elements of a block that stays in a core's cache while several passes go over it
-SMALL = 4096            # elements below which calls cost more than their work: such tensors are joined
+SMALL = 16384           # elements below which calls cost more than their work: such tensors are joined
 
 
 def flat_blocks(xp: Any, size: int) -> Iterator[slice]:
