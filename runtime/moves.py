@@ -144,21 +144,22 @@ def _all_to_all(xp: Any, source: int, target: int, whole: Shape, parts: int, ind
     return exchange
 
 
-def compile_bucket(xp: Any, shapes: Sequence[Shape], combine: str, comm: Any) -> Bucket:
+def compile_bucket(xp: Any, shapes: Sequence[Shape], combine: str, comm: Any, via: Any = None) -> Bucket:
     """All-reduce several local arrays of one dtype as one message: Partial -> Replicate.
 
     The function takes (*arrays, out=None) and returns a list; out[i] is where result i goes, arrays[i] itself
-    perhaps, or None for a fresh array.
+    perhaps, or None for a fresh array. `via`: resident arrays of the communicator's; operands that are these
+    very arrays are not copied to be sent, and out[i] is none of them.
     """
     def run(*arrays: Any, out: Sequence[Any] | None = None) -> list[Any]:
         results = _room(xp, shapes, arrays[0].dtype, out)
-        return list(comm.all_reduce_many(_contiguous(xp, arrays), combine, results))
+        return list(comm.all_reduce_many(_contiguous(xp, arrays), combine, results, via))
 
     return run
 
 
 def compile_scatter_bucket(xp: Any, shapes: Sequence[Shape], dims: Sequence[int], combine: str,
-                           comm: Any) -> Bucket:
+                           comm: Any, via: Any = None) -> Bucket:
     """Reduce-scatter several local arrays of one dtype as one message: Partial -> Shard(dims[i]).
 
     shapes: local ones were it not for this mesh axis. Calls are as for compile_bucket.
@@ -167,7 +168,7 @@ def compile_scatter_bucket(xp: Any, shapes: Sequence[Shape], dims: Sequence[int]
 
     def run(*arrays: Any, out: Sequence[Any] | None = None) -> list[Any]:
         results = None if out is None else _room(xp, mine, arrays[0].dtype, out)
-        return list(comm.reduce_scatter_many(_contiguous(xp, arrays), dims, combine, results))
+        return list(comm.reduce_scatter_many(_contiguous(xp, arrays), dims, combine, results, via))
 
     return run
 

@@ -8,6 +8,7 @@ last process that maps it, however that ends. Layout, for n ranks:
     2 n^2 lines          mail from s to d: written (turn, sleepers, calls as above), read (turn, sleepers)
     2 n areas            AREA bytes each, rank r's at even and odd turns
     2 n^2 mail slots     MAIL bytes each, from s to d, message pieces at even and odd turns
+    n resident regions   RESIDENT bytes each, where rank r keeps addends for its peers to read
 
 A line is 128 bytes, two cache lines, because processors fetch them in pairs. Only touched pages cost memory.
 A store to a counter publishes the data stored before it: true of x86-64, which orders stores among themselves
@@ -30,6 +31,7 @@ SUPPORTED = sys.platform == "linux" and platform.machine() == "x86_64"
 
 AREA = 512 * 1024
 MAIL = 128 * 1024
+RESIDENT = 256 * 1024 * 1024
 
 LINE = 16  # in 8-byte words
 TURN, SLEEPERS, CALLS = 0, 1, 2
@@ -82,6 +84,10 @@ class Arena:
         start = _control(self.size) + 2 * self.size * AREA + (2 * pair + (turn & 1)) * MAIL
         return self.bytes[start:start + MAIL]
 
+    def resident(self, rank: int) -> NDArray[np.uint8]:
+        start = _length(self.size) - (self.size - rank) * RESIDENT
+        return self.bytes[start:start + RESIDENT]
+
     def post(self, at: int, turn: int) -> None:
         """Set the counter at word `at` and wake who sleeps on it."""
         words = self.words
@@ -109,4 +115,4 @@ def _control(size: int) -> int:
 
 
 def _length(size: int) -> int:
-    return _control(size) + 2 * size * AREA + 2 * size * size * MAIL
+    return _control(size) + 2 * size * AREA + 2 * size * size * MAIL + size * RESIDENT

@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
+from meshtape.runtime.collectives.many import Resident
+
 Array = Any
 
 
@@ -51,22 +53,37 @@ class Communicator(ABC):
     def all_gather(self, x: Array, counts: Sequence[int], out: Array | None = None) -> Array:
         """Every rank's 1-D `x` (counts[rank] elements) end to end; `x` may be chunk `rank` of `out`."""
 
+    def resident(self, shapes: Sequence[tuple[int, ...]], dtype: Any, start: int = 0) -> Resident | None:
+        """Arrays in memory that the peers can read, for addends of all_reduce_many or reduce_scatter_many
+        (`via`), which then need not be copied to be sent. None if the transport has no such memory, or no
+        more of it.
+
+        The memory is one for all callers; arrays stand in it from byte `start` on, and what is used at the
+        same time must not overlap (Resident.stop tells where to go on). All ranks ask for the same. It may be
+        written at any time but during a collective that it goes through.
+        """
+        return None
+
     @abstractmethod
-    def all_reduce_many(self, arrays: Sequence[Array], op: str = "sum",
-                        out: Sequence[Array] | None = None) -> list[Array]:
+    def all_reduce_many(self, arrays: Sequence[Array], op: str = "sum", out: Sequence[Array] | None = None,
+                        via: Resident | None = None) -> list[Array]:
         """all_reduce of each of several arrays of one dtype, in one message: the same bits.
 
         Results go to `out`, one array for each given one and of its shape; by default over the given arrays.
         out[i] may be arrays[i], and overlaps no other of `arrays`.
+
+        via: resident arrays of these shapes, the same on all ranks. Peers read the addends there; where
+        arrays[i] is not via.arrays[i] itself, it is copied there. Then `out` is outside resident memory, and
+        fresh arrays by default.
         """
 
     @abstractmethod
     def reduce_scatter_many(self, arrays: Sequence[Array], dims: Sequence[int], op: str = "sum",
-                            out: Sequence[Array] | None = None) -> list[Array]:
+                            out: Sequence[Array] | None = None, via: Resident | None = None) -> list[Array]:
         """This rank's parts of the reductions of several arrays of one dtype, in one message.
 
         arrays[i] is cut along dims[i] into one part per rank, of extents split_sizes(extent, size). Every
-        part is a C-contiguous array, out[i] if given, which overlaps none of `arrays`.
+        part is a C-contiguous array, out[i] if given, which overlaps none of `arrays`. `via` as above.
         """
 
     @abstractmethod

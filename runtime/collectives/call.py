@@ -59,6 +59,6 @@ def mismatch(rank: int, mine: int, peer: int, theirs: int) -> CommError:
     """The error for two ranks in different calls."""
     ours, other = describe(mine), describe(theirs)
     if ours == other:
-        other += " with other counts or another root"
+        other += " with other counts, shapes, places or another root"
     return CommError(f"ranks are in different collectives: rank {rank} in {ours}, rank {peer} in {other}; "
                      "every rank must make the same calls in the same order with matching arguments")

@@ -12,7 +12,7 @@ import numpy as np
 
 from meshtape.runtime.collectives.base import Array, Communicator
 from meshtape.runtime.collectives.call import encode, verb_of
-from meshtape.runtime.collectives.many import Bands, Plan, cut, cut_by_counts
+from meshtape.runtime.collectives.many import Bands, Plan, Resident, cut, cut_by_counts
 from meshtape.runtime.collectives.reduction import UFUNCS, HostArray, direct
 from meshtape.runtime.errors import CommAborted, CommError, DTypeError, ShapeError
 
@@ -68,17 +68,23 @@ class HostCommunicator(Communicator):
         self._run(self._all_gather, plan.call, plan.sent, plan, (x,), (out,))
         return out
 
-    def all_reduce_many(self, arrays: Sequence[Array], op: str = "sum",
-                        out: Sequence[Array] | None = None) -> list[Array]:
-        plan = self._plan("all_reduce_many", arrays, None, None, op)
-        outs = self._results("all_reduce_many", plan, plan.shapes, arrays if out is None else out)
+    def all_reduce_many(self, arrays: Sequence[Array], op: str = "sum", out: Sequence[Array] | None = None,
+                        via: Resident | None = None) -> list[Array]:
+        plan = self._plan("all_reduce_many", arrays, None, None, op, via)
+        if via is None:
+            outs = self._results("all_reduce_many", plan, plan.shapes, arrays if out is None else out)
+        else:
+            outs = self._results("all_reduce_many", plan, plan.shapes, out)
+            arrays = _brought_home(arrays, via)
         self._run(self._all_reduce, plan.call, plan.sent, plan, arrays, outs)
         return outs
 
     def reduce_scatter_many(self, arrays: Sequence[Array], dims: Sequence[int], op: str = "sum",
-                            out: Sequence[Array] | None = None) -> list[Array]:
-        plan = self._plan("reduce_scatter_many", arrays, tuple(dims), None, op)
+                            out: Sequence[Array] | None = None, via: Resident | None = None) -> list[Array]:
+        plan = self._plan("reduce_scatter_many", arrays, tuple(dims), None, op, via)
         outs = self._results("reduce_scatter_many", plan, plan.mine, out)
+        if via is not None:
+            arrays = _brought_home(arrays, via)
         self._run(self._reduce_scatter, plan.call, plan.sent, plan, arrays, outs)
         return outs
 
@@ -199,7 +205,7 @@ class HostCommunicator(Communicator):
         return counts
 
     def _plan(self, verb: str, arrays: Sequence[Array], dims: tuple[int, ...] | None,
-              wholes: _Shapes | None, op: str) -> Plan:
+              wholes: _Shapes | None, op: str, via: Resident | None = None) -> Plan:
         """The plan of a call with these arrays, once they are checked."""
         dtype = getattr(arrays[0], "dtype", None) if len(arrays) else None
         for x in arrays:
@@ -210,12 +216,18 @@ class HostCommunicator(Communicator):
         if dtype is None:
             given = ", ".join(str(x.dtype) for x in arrays) or "nothing"
             raise DTypeError(f"{verb}: got arrays of {given}; pass one or more, all of one dtype")
-        key = (verb, op, dtype, tuple([x.shape for x in arrays]), dims, wholes)
+        homes = () if via is None else via.starts
+        key = (verb, op, dtype, tuple([x.shape for x in arrays]), dims, wholes, homes)
         plan = self._plans.get(key)
-        return self._remember(key, self._new_plan(*key)) if plan is None else plan
+        if plan is not None:
+            return plan
+        if via is not None and [(x.shape, x.dtype) for x in via.arrays] != [(x.shape, dtype) for x in arrays]:
+            raise ShapeError(f"{verb}: `via` holds {[x.shape for x in via.arrays]}, the arrays are "
+                             f"{[x.shape for x in arrays]} of {dtype}; make it for these")
+        return self._remember(key, self._new_plan(*key))
 
     def _new_plan(self, verb: str, op: str, dtype: np.dtype[Any], shapes: _Shapes,
-                  dims: tuple[int, ...] | None, wholes: _Shapes | None) -> Plan:
+                  dims: tuple[int, ...] | None, wholes: _Shapes | None, homes: tuple[int, ...]) -> Plan:
         if op not in UFUNCS and verb != "all_gather_many":
             raise ShapeError(f"{verb}: unknown reduction {op!r}; use one of {', '.join(UFUNCS)}")
         whole = shapes if wholes is None else wholes
@@ -224,8 +236,9 @@ class HostCommunicator(Communicator):
                              "shapes; pass as many of each")
         bands = () if dims is None else cut(whole, dims, self.size)
         # Of a single array only the elements count.
-        detail = () if verb == "all_reduce" else (whole, dims)
+        detail = () if verb == "all_reduce" else (whole, dims, homes)
         plan = self._planned(verb, op, dtype, whole, bands, detail)
+        plan.homes = homes
         if wholes is not None and shapes != plan.mine:
             raise ShapeError(f"{verb}: rank {self.rank} of {self.size} gave parts of shapes {list(shapes)}; "
                              f"its parts of {list(whole)} along {list(dims or ())} are {list(plan.mine)}")
@@ -308,6 +321,14 @@ class HostCommunicator(Communicator):
 
     @abstractmethod
     def _close(self) -> None: ...
+
+
+def _brought_home(arrays: Sequence[HostArray], via: Resident) -> Sequence[HostArray]:
+    """The resident arrays, once they hold what is in `arrays`."""
+    for x, home in zip(arrays, via.arrays, strict=True):
+        if x is not home:
+            home[...] = x
+    return via.arrays
 
 
 class SelfCommunicator(HostCommunicator):

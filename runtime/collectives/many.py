@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from meshtape.runtime.collectives.reduction import HostArray
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.shards import Shape, split_sizes
 
@@ -46,14 +47,26 @@ class Band(NamedTuple):
 Bands = tuple[Band, ...]
 
 
+@dataclass(eq=False, frozen=True, slots=True)
+class Resident:
+    """Arrays in memory of this rank's that its peers can read, at the same places on every rank.
+
+    `starts` are the places in bytes, `stop` is the first byte behind the last array.
+    """
+
+    arrays: tuple[HostArray, ...]
+    starts: tuple[int, ...]
+    stop: int
+
+
 @dataclass(eq=False, slots=True)
 class Plan:
     """A collective of one or several arrays, as far as shapes say: made once, kept by the communicator.
 
     bands[r][i] is rank r's part of array i and counts[r] the elements of rank r's parts together; both are
     empty for an all-reduce. `mine` are the shapes of this rank's parts, `sent` the payload bytes that it
-    moves to its peers, `ufunc` what reduces two arrays in one step, if anything does, and `scripts` what a
-    transport wants to remember.
+    moves to its peers, `ufunc` what reduces two arrays in one step, if anything does, `homes` where the
+    addends are resident, if they are, and `scripts` what a transport wants to remember.
     """
 
     call: int
@@ -65,6 +78,7 @@ class Plan:
     mine: tuple[Shape, ...] = ()
     sent: int = 0
     ufunc: Any = None
+    homes: tuple[int, ...] = ()
     scripts: dict[int, Any] = field(default_factory=dict)
 
     @property

@@ -9,6 +9,11 @@ Which piece of which array goes where in which turn depends on shapes alone: it 
 script (turns.py), and replayed. Arrays are copied straight into areas and reduced straight out of them. What
 is small, or shared by two ranks, is all-reduced by letting everyone read and reduce everything; otherwise
 each rank reduces a share, and the shares are gathered.
+
+Addends may also be *resident*: every rank has a region that its peers map, at the same offsets, and arrays in
+it are not copied into areas. A turn says that they are complete, the peers reduce straight out of them, and
+the post of the next turn says that this rank has read: after one more turn (of a gather, if there is one) the
+region belongs to its rank again. So nobody has to wait before writing to it between collectives.
 """
 
 from __future__ import annotations
@@ -22,13 +27,25 @@ from typing import Any
 
 import numpy as np
 
-from meshtape.runtime.collectives.arena import AREA, CALLS, MAIL, TURN, Arena
+from meshtape.runtime.collectives.arena import AREA, CALLS, MAIL, RESIDENT, TURN, Arena
 from meshtape.runtime.collectives.call import describe, mismatch, uneven
 from meshtape.runtime.collectives.host import HostCommunicator
 from meshtape.runtime.collectives.links import Links
-from meshtape.runtime.collectives.many import Plan
+from meshtape.runtime.collectives.many import Plan, Resident
 from meshtape.runtime.collectives.reduction import HostArray, reduce_into, starts
-from meshtape.runtime.collectives.turns import Script, Stage, Turn, exchange, gather, scatter, shares
+from meshtape.runtime.collectives.turns import (
+    LINE,
+    Homes,
+    Script,
+    Stage,
+    Turn,
+    exchange,
+    gather,
+    in_place,
+    scatter,
+    shares,
+    wholes,
+)
 from meshtape.runtime.errors import CommTimeout
 from meshtape.runtime.shards import Shape
 
@@ -149,14 +166,14 @@ class ShmCommunicator(HostCommunicator):
         self._enter()
         self._play(call, plan, self._scripts(plan, _gathering)[0], arrays, outs)
 
-    def _scripts(self, plan: Plan, write: Callable[[Stage, Plan, int], list[Script]]) -> list[Script]:
+    def _scripts(self, plan: Plan, write: Callable[[Stage, Plan, int, Homes], list[Script]]) -> list[Script]:
         """The plan's scripts for areas that begin at the next turn's parity."""
         first = self._turn + 1 & 1
         scripts: list[Script] | None = plan.scripts.get(first)
         if scripts is None:
             view = partial(self._view, {}, plan.dtype)
             stage = Stage(self.rank, self.size, AREA, plan.dtype.itemsize, view)
-            scripts = plan.scripts[first] = write(stage, plan, first)
+            scripts = plan.scripts[first] = write(stage, plan, first, self._homes_of_peers(plan))
         return scripts
 
     def _view(self, known: dict[tuple[int, int, int, Shape], HostArray], dtype: np.dtype[Any],
@@ -167,6 +184,28 @@ class ShmCommunicator(HostCommunicator):
             area = self._areas[turn & 1][rank]
             known[key] = area[start:start + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
         return known[key]
+
+    def resident(self, shapes: Sequence[Shape], dtype: Any, start: int = 0) -> Resident | None:
+        dtype, starts, stop = np.dtype(dtype), [], start
+        for shape in shapes:
+            starts.append(-(-stop // LINE) * LINE)
+            stop = starts[-1] + prod(shape) * dtype.itemsize
+        if stop > RESIDENT:
+            return None
+        return Resident(tuple(self._homes(self.rank, shapes, dtype, starts)), tuple(starts), stop)
+
+    def _homes(self, rank: int, shapes: Sequence[Shape], dtype: np.dtype[Any],
+               starts: Sequence[int]) -> list[HostArray]:
+        region = self._arena.resident(rank)
+        return [region[start:start + prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+                for shape, start in zip(shapes, starts, strict=True)]
+
+    def _homes_of_peers(self, plan: Plan) -> Homes:
+        """Where the addends are resident, if they are: by rank, None in this rank's place."""
+        if not plan.homes:
+            return []
+        return [None if r == self.rank else self._homes(r, plan.shapes, plan.dtype, plan.homes)
+                for r in range(self.size)]
 
     def _play(self, call: int, plan: Plan, script: Script, given: Sequence[HostArray],
               outs: Sequence[HostArray]) -> None:
@@ -291,20 +330,27 @@ class ShmCommunicator(HostCommunicator):
         self._links.close()
 
 
-def _reducing(stage: Stage, plan: Plan, first: int) -> list[Script]:
+def _reducing(stage: Stage, plan: Plan, first: int, homes: Homes) -> list[Script]:
     size, nbytes = stage.size, plan.total * plan.dtype.itemsize
     if (size - 1) * (size - 2) * nbytes <= size * BEYOND:
+        if homes:
+            return [in_place(stage, wholes(plan.shapes), homes, whole=True)]
         return [exchange(stage, plan.shapes, first)]
     bands = shares(plan.shapes, stage.size)
-    scattering = scatter(stage, bands, first, whole=True)
+    if homes:
+        scattering = in_place(stage, bands[stage.me], homes, whole=True, last=False)
+    else:
+        scattering = scatter(stage, bands, first, whole=True)
     return [scattering, gather(stage, bands, first + len(scattering.turns), whole=True)]
 
 
-def _scattering(stage: Stage, plan: Plan, first: int) -> list[Script]:
+def _scattering(stage: Stage, plan: Plan, first: int, homes: Homes) -> list[Script]:
+    if homes:
+        return [in_place(stage, plan.bands[stage.me], homes)]
     return [scatter(stage, plan.bands, first)]
 
 
-def _gathering(stage: Stage, plan: Plan, first: int) -> list[Script]:
+def _gathering(stage: Stage, plan: Plan, first: int, homes: Homes) -> list[Script]:
     return [gather(stage, plan.bands, first)]
 
 

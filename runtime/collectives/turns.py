@@ -72,6 +72,9 @@ class Piece(NamedTuple):
     at: int
 
 
+# Resident arrays by rank, None in this rank's place; empty if there are none.
+Homes = Sequence[Sequence[HostArray] | None]
+
 # view(rank, turn, start, shape): an array in rank's area of a turn, `start` bytes from its beginning.
 View = Callable[[int, int, int, Shape], HostArray]
 
@@ -203,8 +206,7 @@ def gather(stage: Stage, bands: Sequence[Bands], first: int, whole: bool = False
 
 def exchange(stage: Stage, shapes: Sequence[Shape], first: int) -> Script:
     """All-reduce in which everybody reads and reduces everything, from turn number `first` on."""
-    bands = tuple(Band(1, prod(s), 0, prod(s), s, ()) for s in shapes)
-    cut, turns = _Cut([bands], stage.itemsize, stage.area), []
+    cut, turns = _Cut([wholes(shapes)], stage.itemsize, stage.area), []
     for j in range(cut.turns):
         pieces = cut.pieces(0, j)
         puts = [Move(p.array, cut.in_whole(0, p), stage.view(stage.me, first + j, p.at, cut.shape(0, p)))
@@ -216,6 +218,34 @@ def exchange(stage: Stage, shapes: Sequence[Shape], first: int) -> Script:
             for p, put in zip(pieces, puts, strict=True)]
         turns.append(Turn(tuple(puts), tuple(reductions)))
     return Script(cut.wholes(), cut.wholes(), tuple(turns))
+
+
+def in_place(stage: Stage, bands: Bands, homes: Homes, whole: bool = False, last: bool = True) -> Script:
+    """Reduction of `bands` of resident arrays straight out of the peers' memory. whole: results lie in whole
+    arrays.
+
+    last: with a turn after which all have read, so that their memory may be written again.
+    """
+    cut = _Cut([bands], stage.itemsize, stage.area)
+    forms = cut.wholes()
+    reductions = []
+    for piece in (p for turn in cut.messages[0] for p in turn):
+        key, form = cut.in_whole(0, piece), None if forms is None else forms[piece.array]
+        rooms: list[HostArray | None] = []
+        for arrays in homes:
+            if arrays is None:
+                rooms.append(None)
+            else:
+                home = arrays[piece.array] if form is None else arrays[piece.array].reshape(form)
+                rooms.append(home if key is None else home[key])
+        reductions.append(Reduction(piece.array, key, tuple(rooms), key if whole else cut.in_part(piece)))
+    reading = Turn(reductions=tuple(reductions))
+    return Script(forms, forms if whole else cut.parts(0), (reading, Turn()) if last else (reading,))
+
+
+def wholes(shapes: Sequence[Shape]) -> Bands:
+    """Arrays that are not cut."""
+    return tuple(Band(1, prod(s), 0, prod(s), s, ()) for s in shapes)
 
 
 def shares(shapes: Sequence[Shape], size: int) -> list[Bands]:

@@ -179,17 +179,37 @@ def part(x: Any, dim: int, size: int, rank: int) -> Any:
     return np.ascontiguousarray(np.array_split(x, size, dim)[rank])
 
 
+def _in_resident_memory(comm: Any, case: Case, given: list[Any]) -> tuple[list[Any], Any]:
+    """The arrays, in every third case some of them in memory that peers read, and that memory."""
+    via = comm.resident([x.shape for x in given], case.dtype, case.seed % 999) if case.seed % 3 == 0 else None
+    if via is None:
+        return given, None
+    for i, home in enumerate(via.arrays):
+        home[...] = given[i]
+    return [x if (i + case.seed) % 3 else home for i, (x, home) in enumerate(
+        zip(given, via.arrays, strict=True))], via
+
+
+def _spoil(via: Any) -> None:
+    """What was resident may be written when the collective is over."""
+    for home in via.arrays if via is not None else ():
+        home.reshape(-1).view(np.uint8)[...] = 77
+
+
 def _all_reduce_many(comm: Any, case: Case) -> None:
     shapes, _ = _shapes(case)
     shapes += [()] * (case.seed % 2)
     parts = [_of_each(case, r, shapes) for r in range(case.size)]
     given = [x.copy() for x in parts[comm.rank]]
+    given, via = _in_resident_memory(comm, case, given)
     out = None if case.in_place else [np.empty_like(x) for x in given]
-    got = comm.all_reduce_many(given, case.op, out=out)
-    for i, (x, place) in enumerate(zip(got, out or given, strict=True)):
-        assert x is place
+    got = comm.all_reduce_many(given, case.op, out=out, via=via)
+    _spoil(via)
+    for i, x in enumerate(got):
+        assert x is (out or given)[i] or (out is None and via is not None)
         check(x, reduced([part[i] for part in parts], case.op), case)
-        check(given[i], x if case.in_place else parts[comm.rank][i], case)
+        if via is None:
+            check(given[i], x if case.in_place else parts[comm.rank][i], case)
 
 
 def _reduce_scatter_many(comm: Any, case: Case) -> None:
@@ -199,12 +219,15 @@ def _reduce_scatter_many(comm: Any, case: Case) -> None:
     want = [part(reduced([p[i] for p in parts], case.op), dim, case.size, comm.rank)
             for i, dim in enumerate(dims)]
     out = [np.empty_like(w) for w in want] if case.in_place else None
-    got = comm.reduce_scatter_many(given, dims, case.op, out=out)
+    given, via = _in_resident_memory(comm, case, given)
+    got = comm.reduce_scatter_many(given, dims, case.op, out=out, via=via)
+    _spoil(via)
     for i, x in enumerate(got):
         assert out is None or x is out[i]
         assert x.flags.c_contiguous
         check(x, want[i], case)
-        check(given[i], parts[comm.rank][i], case)
+        if via is None:
+            check(given[i], parts[comm.rank][i], case)
 
 
 def _all_gather_many(comm: Any, case: Case) -> None:

@@ -314,6 +314,31 @@ def test_uneven_exchanges_name_the_ranks(kind: str) -> None:
     assert isinstance(second, CommError) and "rank 1 sends 1" in str(second)
 
 
+def test_resident_arrays_stand_one_behind_the_other_as_long_as_there_is_room() -> None:
+    def body(comm: Any) -> None:
+        via = comm.resident([(3, 5), (), (7,)], np.float32, 100)
+        assert [x.shape for x in via.arrays] == [(3, 5), (), (7,)] and via.arrays[0].dtype == np.float32
+        ends = [start + x.nbytes for start, x in zip(via.starts, via.arrays, strict=True)]
+        assert via.starts[0] >= 100 and via.starts[1] >= ends[0] and via.starts[2] >= ends[1]
+        assert via.stop == ends[2]
+        assert comm.resident([(1 << 40,)], np.float32) is None
+        with pytest.raises(ShapeError, match="make it for these"):
+            comm.all_reduce_many([np.ones(3, np.float32)], via=via)
+        comm.barrier()
+
+    assert on_endpoints("shm", 2, body) == [None, None]
+    assert on_endpoints("tcp", 2, lambda comm: comm.resident([(1,)], np.float32)) == [None, None]
+
+
+def test_resident_arrays_in_different_places_are_noticed() -> None:
+    def body(comm: Any) -> None:
+        via = comm.resident([(4,)], np.float32, 128 * comm.rank)
+        comm.reduce_scatter_many(via.arrays, [0], via=via)
+
+    for error in on_endpoints("shm", 2, body):
+        assert type(error) is CommError and "in different collectives" in str(error)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_closing_after_the_last_collective_disturbs_nobody(kind: str) -> None:
     def body(comm: Any) -> float:
