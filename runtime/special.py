@@ -20,14 +20,15 @@ _Q = (1.0, 1.32281951154744992508e1, 8.67072140885989742329e1, 3.549377788878198
       9.75708501743205489753e2, 1.82390916687909736289e3, 2.24633760818710981792e3,
       1.65666309194161350182e3, 5.57535340817727675546e2)
 
-# erf(x) = x A(x^2) / B(x^2) for |x| <= 4 in float32, highest power first: the minimax fit of Eigen 3.3
-# (unsupported/SpecialFunctions), also XLA's.
-_A = (-2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05,
-      -7.34990630326855e-04, -2.95459980854025e-03, -1.60960333262415e-02)
-_B = (-1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03,
-      -1.42647390514189e-02)
+# erf(x) = tanh(x E(x^2)), highest power first: a minimax fit of the relative error (1e-7) on all reals. The
+# leading coefficient is positive and the degree even, so that it runs to the right limits without clipping;
+# NumPy has vector code for tanh, and a quotient of polynomials takes half as many passes again.
+_E = (1.418925695e-07, -5.669007865e-06, 8.763974484e-05, -6.197892454e-04, -1.918273016e-04,
+      1.02769055e-01, 1.128379274e+00)
+# The same for erf(x / sqrt 2).
+HALF_NORMAL = tuple(c * 0.5 ** (6 - k + 0.5) for k, c in enumerate(_E))
 
-_BLOCK = 16384  # elements whose temporaries stay in the cache
+_BLOCK = 65536  # elements whose temporaries stay in the cache
 _SMALL = 4096   # elements below which the calls cost more than the branches
 
 
@@ -91,13 +92,15 @@ def _polynomial(coefficients: tuple[float, ...], x: Any) -> Any:
     return out
 
 
+def tanh_of(xp: Any, coefficients: tuple[float, ...], x: Any, square: Any) -> Any:
+    """tanh(x P(x^2)), with the polynomial P's coefficients, highest power first, and x^2 given."""
+    out = _polynomial(coefficients, square)
+    out *= x
+    return xp.tanh(out, out=out)
+
+
 def _erf32(x: Any) -> Any:
-    x = np.clip(x, -4.0, 4.0)
-    square = x * x
-    top = _polynomial(_A, square)
-    top /= _polynomial(_B, square)
-    top *= x
-    return np.clip(top, -1.0, 1.0, out=top)
+    return tanh_of(np, _E, x, x * x)
 
 
 def _erf64(x: Any) -> Any:

@@ -79,31 +79,52 @@ class MultiheadAttention(Module):
         """
         single = query.ndim == 2
         if single:
+            itself = query is key is value
             query, key, value = (x.reshape(1, *x.shape) for x in (query, key, value))
+            key, value = (query, query) if itself else (key, value)
         elif query.ndim != 3:
             raise ShapeError(f"MultiheadAttention: the query is {query.shape}; give (length, batch, features)"
                              f", (batch, length, features) with batch_first, or (length, features)")
         batch_first = self.batch_first or single
-        q, k, v = (self._heads(x, batch_first) for x in self._projected(query, key, value))
-        padding = None if key_padding_mask is None else _mask(key_padding_mask, "key_padding_mask")
-        if padding is not None:
-            padding = padding.reshape(q.shape[0], 1, 1, k.shape[2])
-        attn = None if attn_mask is None or is_causal else _mask(attn_mask, "attn_mask")
-        if attn is not None and attn.ndim == 3:
-            attn = attn.reshape(q.shape[0], self.num_heads, *attn.shape[1:])
-        mask = _joined(padding, attn)
-        drop = self.dropout if self.training else 0.0
-        scale = 1 / math.sqrt(self.head_dim)
-        weights = None
-        if need_weights or (mask is not None and mask.requires_grad):
-            weights = functional.dropout(_weights(q, k, mask, is_causal, scale), drop)
-            heads = weights @ v
-        else:
-            if mask is not None and mask.dtype.kind == "b":
-                mask = ~mask
-            heads = functional.fused_attention(q, k, v, mask, drop, is_causal, scale)
+        size = (query.shape[0], key.shape[1]) if batch_first else (query.shape[1], key.shape[0])
+        mask = self._whole_mask(size, key_padding_mask, None if is_causal else attn_mask)
+        heads, weights = self._attended(query, key, value, mask, need_weights, is_causal, batch_first)
         out = self.out_proj(self._merged(heads, batch_first))
         return _result(out, weights if need_weights else None, average_attn_weights, single)
+
+    def _whole_mask(self, size: tuple[int, int], key_padding_mask: Any, attn_mask: Any) -> Tensor | None:
+        """One mask that broadcasts to (batch, heads, L, S); `size` is (batch, S)."""
+        padding = None if key_padding_mask is None else _mask(key_padding_mask, "key_padding_mask")
+        if padding is not None:
+            padding = padding.reshape(size[0], 1, 1, size[1])
+        attn = None if attn_mask is None else _mask(attn_mask, "attn_mask")
+        if attn is not None and attn.ndim == 3:
+            attn = attn.reshape(size[0], self.num_heads, *attn.shape[1:])
+        return _joined(padding, attn)
+
+    def _attended(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, need_weights: bool,
+                  is_causal: bool, batch_first: bool) -> tuple[Tensor, Tensor | None]:
+        """The attention of every head, and the weights if they had to be made."""
+        drop = self.dropout if self.training else 0.0
+        scale = 1 / math.sqrt(self.head_dim)
+        if need_weights or (mask is not None and mask.requires_grad):
+            q, k, v = (self._heads(x, batch_first) for x in self._projected(query, key, value))
+            weights = functional.dropout(_weights(q, k, mask, is_causal, scale), drop)
+            return weights @ v, weights
+        if mask is not None and mask.dtype.kind == "b":
+            mask = ~mask
+        if self.packed and query is key is value:
+            qkv = self._packed_heads(query, batch_first)
+            return functional.fused_self_attention(qkv, mask, drop, is_causal, scale), None
+        q, k, v = (self._heads(x, batch_first) for x in self._projected(query, key, value))
+        return functional.fused_attention(q, k, v, mask, drop, is_causal, scale), None
+
+    def _packed_heads(self, x: Tensor, batch_first: bool) -> Tensor:
+        """Query, key and value of one input by one projection: (3, batch, heads, length, E / heads)."""
+        made = functional.linear(x, self.in_proj_weight, self.in_proj_bias)
+        split = made.reshape(*x.shape[:2], 3, self.num_heads, self.head_dim)
+        order = (2, 0, 3, 1, 4) if batch_first else (2, 1, 3, 0, 4)
+        return split.permute_dims(order)  # type: ignore[no-any-return]
 
     def _projected(self, *inputs: Tensor) -> list[Tensor]:
         """Each input times its part of the input projection."""

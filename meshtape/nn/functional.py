@@ -256,12 +256,20 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout_p: float,
                     is_causal: bool, scale: float) -> Tensor:
     """The row: equal leading dimensions, a mask that wants no gradient, and is_causal beside it."""
-    draws = (0, 0)
-    if dropout_p:
-        session = current.session()
-        draws = (session.seed, session.draw())
-    return _call("attention", query, key, value, True if mask is None else mask, *draws, is_causal=is_causal,
-                 scale=scale, p=float(dropout_p))[0]
+    return _call("attention", query, key, value, True if mask is None else mask, *_draws(dropout_p),
+                 is_causal=is_causal, scale=scale, p=float(dropout_p))[0]
+
+
+def fused_self_attention(qkv: Tensor, mask: Tensor | None, dropout_p: float, is_causal: bool,
+                         scale: float) -> Tensor:
+    """The same of a sequence to itself: query, key and value are one tensor (3, ..., length, width)."""
+    return _call("self_attention", qkv, True if mask is None else mask, *_draws(dropout_p),
+                 is_causal=is_causal, scale=scale, p=float(dropout_p))[0]
+
+
+def _draws(dropout_p: float) -> tuple[Any, Any]:
+    session = current.session()
+    return (session.seed, session.draw()) if dropout_p else (0, 0)
 
 
 def _attention_mask(given: Any) -> Tensor:

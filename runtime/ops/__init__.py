@@ -23,6 +23,7 @@ from meshtape.runtime.ops import random as random
 from meshtape.runtime.ops import recurrent as recurrent
 from meshtape.runtime.ops import reduce as reduce
 from meshtape.runtime.ops import scan as scan
+from meshtape.runtime.ops import self_attention as self_attention
 from meshtape.runtime.ops import shape as shape
 from meshtape.runtime.ops import slices as slices
 from meshtape.runtime.ops import sort as sort

@@ -11,7 +11,9 @@ import numpy as np
 from meshtape.runtime import special
 from meshtape.runtime.op import Op, Sample
 from meshtape.runtime.ops.pointwise import exp, greater, mul, tanh, where
+from meshtape.runtime.ops.reduce import accumulator
 from meshtape.runtime.ops.rules import BOOL, COMPLEX, binary, floated, promoted, unary, unary_samples
+from meshtape.runtime.rowwise import blockwise
 
 
 def _sigmoid(xp: Any, x: Any) -> Any:
@@ -92,34 +94,57 @@ def _gelu_rule(name: str) -> Callable[..., Any]:
     return rule
 
 
-def _cdf(xp: Any, x: Any, approximate: str) -> Any:
-    """The factor of x in GELU: Phi(x) or its approximation."""
+def _odd_part(xp: Any, x: Any, square: Any, approximate: str) -> Any:
+    """2 Phi(x) - 1: erf(x / sqrt 2), or tanh(u)."""
     if approximate == "tanh":
-        out = x * x
-        out *= _K * _C
-        out += _K
-        out *= x
-        out = xp.tanh(out)
-    else:
-        out = special.erf(xp, x * math.sqrt(0.5))
-    out += 1
-    out *= 0.5
-    return out
+        return special.tanh_of(xp, (_K * _C, _K), x, square)
+    if xp is np and x.dtype == np.float32:
+        return special.tanh_of(xp, special.HALF_NORMAL, x, square)
+    return special.erf(xp, x * math.sqrt(0.5))
 
 
-def _gelu(xp: Any, x: Any, approximate: str) -> Any:
-    return x * _cdf(xp, x, approximate)
+def _gelu(xp: Any, x: Any, approximate: str, out: Any = None) -> Any:
+    def block(out: Any, x: Any) -> None:
+        twice = _odd_part(xp, x, x * x, approximate)
+        twice += 1
+        twice *= x
+        xp.multiply(twice, 0.5, out=out)
+
+    return _widely(xp, block, (x,), out)
 
 
-def _gelu_slope(xp: Any, x: Any, approximate: str) -> Any:
-    """d GELU / dx: Phi(x) + x phi(x), or with p = (1 + tanh(u)) / 2, p + 2 x p (1 - p) du/dx."""
-    cdf = _cdf(xp, x, approximate)
-    if approximate == "tanh":
-        return cdf + 2 * x * cdf * (1 - cdf) * (_K * (1 + 3 * _C * x * x))
-    return cdf + x * xp.exp(x * x * -0.5) * (1 / math.sqrt(2 * math.pi))
+def _gelu_grad(xp: Any, g: Any, x: Any, approximate: str, out: Any = None) -> Any:
+    """g times d GELU / dx: Phi(x) + x phi(x), or with p = (1 + tanh(u)) / 2, p + 2 x p (1 - p) du/dx."""
+    def block(out: Any, g: Any, x: Any) -> None:
+        square = x * x
+        twice = _odd_part(xp, x, square, approximate)
+        if approximate == "tanh":
+            square *= 3 * _K * _C
+            square += _K
+            square *= 1 - twice * twice
+        else:
+            square *= -0.5
+            xp.exp(square, out=square)
+            square *= math.sqrt(2 / math.pi)
+        square *= x
+        twice += 1
+        twice += square
+        twice *= 0.5
+        xp.multiply(twice, g, out=out)
+
+    return _widely(xp, block, (g, x), out)
 
 
-def _gelu_curvature(out: Any, x: Any, approximate: str) -> Any:
+def _widely(xp: Any, block: Callable[..., None], arrays: tuple[Any, ...], out: Any) -> Any:
+    """Block by block, 16-bit floats in float32."""
+    dtype = arrays[0].dtype
+    wide = accumulator(dtype)
+    if wide == dtype:
+        return blockwise(xp, block, arrays, out)
+    return blockwise(xp, block, [a.astype(wide) for a in arrays]).astype(dtype)
+
+
+def _gelu_curvature(x: Any, approximate: str) -> Any:
     """The second derivative of GELU: phi(x) (2 - x^2), or its counterpart with tanh."""
     square = x * x
     if approximate == "none":
@@ -133,8 +158,24 @@ def _gelu_samples() -> list[Sample]:
     return [*unary_samples(approximate="none")(), *unary_samples(approximate="tanh")()]
 
 
+def _gelu_grad_by_x(u: Any, out: Any, g: Any, x: Any, approximate: str) -> Any:
+    return mul(mul(u, g), _gelu_curvature(x, approximate))
+
+
+def _gelu_grad_rule(name: str) -> Callable[..., Any]:
+    def rule(g: Any, x: Any, approximate: str) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        (found,), outs = _gelu_rule(name)(x, approximate)
+        return (found, found), outs
+    return rule
+
+
 gelu = unary("gelu", _gelu, _gelu_rule, attrs={"approximate": "none"}, keeps="x", samples=_gelu_samples,
-             vjp=(lambda g, out, x, approximate: mul(g, gelu_slope(x, approximate=approximate)),))
-# One row, so that the backward of GELU is one pass.
-gelu_slope: Op = unary("gelu_slope", _gelu_slope, _gelu_rule, attrs={"approximate": "none"}, keeps="x",
-                   slope=_gelu_curvature, samples=_gelu_samples)
+             over=lambda inputs, attrs: [(0, 0)],
+             vjp=(lambda g, out, x, approximate: gelu_grad(g, x, approximate=approximate),))
+# One row, so that the backward of GELU is one pass. Its inputs have one shape.
+gelu_grad: Op = binary(
+    "gelu_grad", _gelu_grad, _gelu_grad_rule, attrs={"approximate": "none"}, keeps="g x", linear=((0,),),
+    over=lambda inputs, attrs: [(0, 0)],
+    vjp=(lambda u, out, g, x, approximate: gelu_grad(u, x, approximate=approximate), _gelu_grad_by_x),
+    samples=lambda: [Sample((shape, shape), {"approximate": approximate}) for approximate in ("none", "tanh")
+                     for shape in ((5, 3), (), (2, 1, 4), (0, 3))])

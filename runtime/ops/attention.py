@@ -16,7 +16,7 @@ queries may be split, the keys never: where the queries are split, dk and dv are
 
 from __future__ import annotations
 
-from math import prod
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ import numpy as np
 from meshtape.runtime import dtypes
 from meshtape.runtime.errors import DTypeError, ShapeError
 from meshtape.runtime.op import ALPHABET, IO, Axes, Op, Sample, broadcast_shapes, register
-from meshtape.runtime.ops.attention_blocks import Dropout, Scores
+from meshtape.runtime.ops.attention_blocks import Dropout, Scores, backward, entries, forward
 from meshtape.runtime.ops.contraction import matmul, widen
 from meshtape.runtime.ops.pad import tril
 from meshtape.runtime.ops.pointwise import add, exp, mul, negative, sub, where
@@ -56,7 +56,7 @@ def _check(name: str, q: Shape, k: Shape, v: Shape, mask: Shape, p: float) -> No
         raise ShapeError(f"{name}: p is the probability of a zero, 0 to 1, got {p}")
 
 
-def _mask_dtype(name: str, mask: Any, found: Any) -> Any:
+def mask_dtype(name: str, mask: Any, found: Any) -> Any:
     """Booleans stay, floating masks meet the scores."""
     if mask is bool or mask == dtypes.bool_:
         return mask
@@ -83,7 +83,7 @@ def _attention_shape(q: Shape, k: Shape, v: Shape, mask: Shape, seed: Shape, dra
 def _attention_dtype(q: Any, k: Any, v: Any, mask: Any, seed: Any, draw: Any,
                      **attrs: Any) -> tuple[Any, Any]:
     found = floated(COMPLEX)("attention")(q, k, v)[1][0]
-    mask = _mask_dtype("attention", mask, found)
+    mask = mask_dtype("attention", mask, found)
     return (found, found, found, mask, seed, draw), (found, accumulator(found))
 
 
@@ -94,52 +94,41 @@ def _attention_axes(q: Shape, k: Shape, v: Shape, mask: Shape, seed: Shape, draw
     return Axes((rows + ".", whole, whole, _mask_letters(q, k[-2], mask), "", ""), (rows + ".", rows))
 
 
-def _local(attrs: Attrs, io: IO) -> Attrs:
+def attention_local(attrs: Attrs, io: IO) -> Attrs:
     return {**attrs, "offset": io.outs[0].offset, "whole": io.outs[0].whole}
-
-
-def _entries(x: Any, batch: Shape) -> Any:
-    return widen(x).reshape(prod(batch), *x.shape[len(batch):])
 
 
 # --- forward ----------------------------------------------------------------------------------------
 
 def _attention(xp: Any, q: Any, k: Any, v: Any, mask: Any, seed: int, draw: int, is_causal: bool,
                scale: float, p: float, offset: Shape | None, whole: Shape | None) -> Any:
+    return attend(xp, q, k, v, mask, Dropout(p, seed, draw), is_causal=is_causal, scale=scale, offset=offset,
+                  whole=whole)
+
+
+def attend(xp: Any, q: Any, k: Any, v: Any, mask: Any, dropout: Dropout, **attrs: Any) -> tuple[Any, Any]:
+    """The attention, which lies in memory like the queries, and the log-sum-exp of every query's scores."""
     batch, dtype = q.shape[:-2], q.dtype
-    shape = (*q.shape[:-1], v.shape[-1])
-    q, k, v = (_entries(x, batch) for x in (q, k, v))
-    out, lse = xp.zeros((*q.shape[:2], v.shape[2]), q.dtype), xp.zeros(q.shape[:2], q.dtype)
-    if lse.size and k.shape[1]:
-        scores = Scores(xp, q, k, mask, batch, is_causal=is_causal, scale=scale,
-                        dropout=Dropout(p, seed, draw), offset=offset, whole=whole)
-        bounded = scores.bounded()
-        for block in scores.blocks():
-            at, rows, keys = block
-            s = scores.of(block)
-            top = 0.0 if bounded else _subtract_max(xp, s)
-            total = xp.einsum("nij->ni", xp.exp(s, out=s))[:, :, None]
-            seen = total != 0                   # a query that may look nowhere gives zeros
-            weighted = xp.matmul(scores.drop(s, block), v[at, :keys], out=out[at, rows])
-            weighted /= xp.where(seen, total, 1)
-            lse[at, rows] = xp.where(seen, xp.log(total) + top, 0)[:, :, 0]
-    return out.reshape(shape).astype(dtype, copy=False), lse.reshape(shape[:-1])
+    q, k, v = (entries(widen(x), batch) for x in (q, k, v))
+    out, lse = xp.empty_like(q, shape=(*q.shape[:3], v.shape[3])), xp.empty_like(q, shape=(*q.shape[:3], 1))
+    if lse.size and k.shape[2]:
+        forward(Scores(xp, q, k, mask, batch, dropout=dropout, **attrs), v, out, lse[..., 0])
+    else:
+        out[...] = lse[...] = 0
+    length = q.shape[2]
+    return out.reshape(*batch, length, v.shape[3]).astype(dtype, copy=False), lse.reshape(*batch, length)
 
 
-def _subtract_max(xp: Any, s: Any) -> Any:
-    """Subtracts each row's maximum (0 of a row of -inf) in place and returns it."""
-    top = s.max(axis=-1, keepdims=True)
-    top = xp.where(top == -xp.inf, 0, top)
-    s -= top
-    return top
+def delta_of(g: Any, out: Any) -> tuple[Any, Any]:
+    """The gradient by the attention, and delta."""
+    by_out = mul(out[0], 0.0) if g[0] is None else g[0]
+    delta = sum_(mul(by_out, out[0]), axis=out[0].ndim - 1, dtype=accumulator(out[0].dtype).name)
+    return by_out, delta if g[1] is None else sub(delta, g[1])
 
 
 def _attention_vjp(g: Any, out: Any, q: Any, k: Any, v: Any, mask: Any, seed: Any, draw: Any,
                    **attrs: Any) -> Any:
-    by_out = mul(out[0], 0.0) if g[0] is None else g[0]
-    delta = sum_(mul(by_out, out[0]), axis=q.ndim - 1, dtype=accumulator(out[0].dtype).name)
-    if g[1] is not None:
-        delta = sub(delta, g[1])
+    by_out, delta = delta_of(g, out)
     dq, dk, dv = attention_grad(by_out, delta, q, k, v, out[1], mask, seed, draw, **attrs)
     return dq, dk, dv, None, None, None
 
@@ -160,7 +149,7 @@ def _grad_dtype(g: Any, delta: Any, q: Any, k: Any, v: Any, lse: Any, mask: Any,
                 **attrs: Any) -> tuple[Any, Any]:
     found = floated(COMPLEX)("attention_grad")(q, k, v)[1][0]
     wide = accumulator(found)
-    return ((found, wide, found, found, found, wide, _mask_dtype("attention_grad", mask, found), seed, draw),
+    return ((found, wide, found, found, found, wide, mask_dtype("attention_grad", mask, found), seed, draw),
             (found, found, found))
 
 
@@ -175,33 +164,24 @@ def _grad_axes(g: Shape, delta: Shape, q: Shape, k: Shape, v: Shape, lse: Shape,
 def _attention_grad(xp: Any, g: Any, delta: Any, q: Any, k: Any, v: Any, lse: Any, mask: Any, seed: int,
                     draw: int, is_causal: bool, scale: float, p: float, offset: Shape | None,
                     whole: Shape | None) -> Any:
-    batch, dtype = q.shape[:-2], q.dtype
-    shapes = (q.shape, k.shape, v.shape)
-    g, delta, q, k, v, lse = (_entries(x, batch) for x in (g, delta, q, k, v, lse))
-    dq, dk, dv = (xp.zeros(x.shape, x.dtype) for x in (q, k, v))
-    if lse.size and k.shape[1]:
-        scores = Scores(xp, q, k, mask, batch, is_causal=is_causal, scale=scale,
-                        dropout=Dropout(p, seed, draw), offset=offset, whole=whole)
-        for block in scores.blocks():
-            at, rows, keys = block
-            kept = scores.kept(block) if p else None
-            weights = scores.of(block)
-            weights -= lse[at, rows, None]
-            xp.exp(weights, out=weights)
-            through = scores.product("through", g[at, rows], v[at, :keys])
-            if kept is not None:
-                through *= kept
-                through *= scores.dropout.factor
-            through -= delta[at, rows, None]
-            through *= weights
-            if kept is not None:
-                weights *= kept
-                weights *= scores.dropout.factor
-            dv[at, :keys] += xp.matmul(weights.swapaxes(1, 2), g[at, rows])
-            dk[at, :keys] += xp.matmul(through.swapaxes(1, 2), scores.q[at, rows])
-            xp.matmul(through, k[at, :keys], out=dq[at, rows])
-        dq *= scale
-    return tuple(x.reshape(s).astype(dtype, copy=False) for x, s in zip((dq, dk, dv), shapes, strict=True))
+    results = [xp.empty_like(entries(widen(x), q.shape[:-2])) for x in (q, k, v)]
+    attend_back(xp, g, delta, q, k, v, lse, mask, Dropout(p, seed, draw), results, is_causal=is_causal,
+                scale=scale, offset=offset, whole=whole)
+    return tuple(d.reshape(x.shape).astype(x.dtype, copy=False)
+                 for d, x in zip(results, (q, k, v), strict=True))
+
+
+def attend_back(xp: Any, g: Any, delta: Any, q: Any, k: Any, v: Any, lse: Any, mask: Any, dropout: Dropout,
+                results: Sequence[Any], **attrs: Any) -> None:
+    """Fills the gradients by q, k and v: arrays that are entries, of the dtype of sums, in any memory order.
+    """
+    batch = q.shape[:-2]
+    g, delta, q, k, v, lse = (entries(widen(x), batch) for x in (g, delta, q, k, v, lse))
+    if lse.size and k.shape[2]:
+        backward(Scores(xp, q, k, mask, batch, dropout=dropout, **attrs), g, delta, v, lse, results)
+    else:
+        for d in results:
+            d[...] = 0
 
 
 # --- second derivative ------------------------------------------------------------------------------
@@ -217,7 +197,7 @@ def _weights(q: Any, k: Any, lse: Any, mask: Any, is_causal: bool, scale: float)
     return tril(weights) if is_causal else weights
 
 
-def _attention_grad_vjp(u: Any, out: Any, g: Any, delta: Any, q: Any, k: Any, v: Any, lse: Any, mask: Any,
+def second_derivative(u: Any, out: Any, g: Any, delta: Any, q: Any, k: Any, v: Any, lse: Any, mask: Any,
                         seed: Any, draw: Any, is_causal: bool, scale: float, p: float, **attrs: Any) -> Any:
     """By elementary rows, with whole matrices of scores. X is the cotangent of E, Y that of S."""
     u_q, u_k, u_v = (mul(x, 0.0) if w is None else w for w, x in zip(u, (q, k, v), strict=True))
@@ -277,9 +257,9 @@ def _grad_samples() -> list[Sample]:
 # nowhere). A mask of True is none.
 attention: Op = register(Op(
     "attention", kernel=_attention, attrs=ATTENTION, shape=_attention_shape, dtype=_attention_dtype,
-    axes=_attention_axes, local=_local, n_out=2, vjp=_attention_vjp, keeps="q k v mask out0 out1",
+    axes=_attention_axes, local=attention_local, n_out=2, vjp=_attention_vjp, keeps="q k v mask out0 out1",
     samples=_samples))
 attention_grad: Op = register(Op(
     "attention_grad", kernel=_attention_grad, attrs=ATTENTION, shape=_grad_shape, dtype=_grad_dtype,
-    axes=_grad_axes, local=_local, n_out=3, linear=((0, 1),), vjp=_attention_grad_vjp,
+    axes=_grad_axes, local=attention_local, n_out=3, linear=((0, 1),), vjp=second_derivative,
     keeps="g delta q k v lse mask", samples=_grad_samples))

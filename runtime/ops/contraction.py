@@ -17,6 +17,7 @@ from meshtape.runtime.ops.pointwise import mul
 from meshtape.runtime.ops.reduce import accumulator, sum_
 from meshtape.runtime.ops.rules import BOOL, conjugate, promoted, unbroadcast
 from meshtape.runtime.ops.shape import reshape
+from meshtape.runtime.rowwise import add_row
 from meshtape.runtime.shards import Shape
 
 
@@ -176,7 +177,7 @@ def _linear(xp: Any, x: Any, w: Any, b: Any, out: Any = None) -> Any:
         y = np.add(np.matmul(w, rows.T).T, b, out=room)
     else:
         y = xp.matmul(rows, w.T, out=out)
-        y += b
+        add_row(xp, y, b)
     return y.reshape(*x.shape[:-1], w.shape[0]).astype(dtype, copy=False)
 
 

@@ -20,11 +20,11 @@ import numpy as np
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import ALPHABET, Axes, Op, Sample, register
 from meshtape.runtime.ops.contraction import widen
-from meshtape.runtime.ops.nn import row_blocks
 from meshtape.runtime.ops.pointwise import add, mul, negative, sub
 from meshtape.runtime.ops.reduce import accumulator, mean, sum_
 from meshtape.runtime.ops.rules import COMPLEX, floated
 from meshtape.runtime.ops.shape import broadcast_to
+from meshtape.runtime.rowwise import Rows, add_row, row_blocks, unbuffered
 from meshtape.runtime.shards import Shape
 
 NORM_ATTRS: dict[str, Any] = {"ndim": 1, "eps": 1e-5}
@@ -50,10 +50,6 @@ def letters(x: Shape, ndim: int) -> tuple[str, str]:
 
 def as_rows(x: Any, ndim: int) -> Any:
     return widen(x).reshape(prod(x.shape[:x.ndim - ndim]), prod(x.shape[x.ndim - ndim:]))
-
-
-def row_mean(xp: Any, x: Any) -> Any:
-    return xp.einsum("ij->i", x)[:, None] / x.shape[1]
 
 
 # --- forward ----------------------------------------------------------------------------------------
@@ -82,18 +78,23 @@ def _normalize(xp: Any, x: Any, ndim: int, eps: float) -> Any:
 
 
 def _normalize_rows(xp: Any, x: Any, affine: tuple[Any, Any] | None, ndim: int, eps: float) -> Any:
-    rows = as_rows(x, ndim)
-    out = xp.empty(rows.shape, rows.dtype)
-    mean_, rstd = (xp.empty((len(rows), 1), rows.dtype) for _ in range(2))
-    for block in row_blocks(xp, rows.shape):
-        centered, center = out[block], row_mean(xp, rows[block])
-        xp.subtract(rows[block], center, out=centered)
-        variance = xp.einsum("ij,ij->i", centered, centered)[:, None] / rows.shape[1]
-        mean_[block], rstd[block] = center, 1 / xp.sqrt(variance + eps)
-        centered *= rstd[block]
-        if affine is not None:
-            centered *= affine[0]
-            centered += affine[1]
+    x_rows = as_rows(x, ndim)
+    rows = Rows(xp, x_rows.shape[1], x_rows.dtype)
+    out = xp.empty(x_rows.shape, x_rows.dtype)
+    mean_, rstd = (xp.empty(len(x_rows), x_rows.dtype) for _ in range(2))
+    with unbuffered(xp, rows.width):
+        for block in row_blocks(xp, x_rows.shape):
+            here, center = out[block], rows.sums(x_rows[block])
+            center /= rows.width
+            rows.shift(x_rows[block], -center, out=here)
+            scale = rows.squares(here)
+            scale /= rows.width
+            scale += eps
+            scale = 1 / xp.sqrt(scale)
+            mean_[block], rstd[block] = center, scale
+            rows.scale(here, scale, None if affine is None else affine[0], out=here)
+            if affine is not None:
+                add_row(xp, here, affine[1])
     shape = statistics_shape(x.shape, ndim)
     return out.reshape(x.shape).astype(x.dtype, copy=False), mean_.reshape(shape), rstd.reshape(shape)
 
@@ -132,29 +133,33 @@ def _normalize_grad(xp: Any, g: Any, x: Any, mean_: Any, rstd: Any, ndim: int) -
 
 def _grad_rows(xp: Any, g: Any, x: Any, mean_: Any, rstd: Any, weight: Any,
                ndim: int) -> tuple[Any, Any, Any]:
-    """(dx, dweight, dbias); the last two are zeros without a weight. Row sums are matrix-vector products."""
-    rows, upstream = as_rows(x, ndim), as_rows(g, ndim)
-    center, scale = mean_.reshape(-1, 1), rstd.reshape(-1, 1)
-    width = rows.shape[1]
-    factor = xp.ones(width, rows.dtype) if weight is None else weight
-    out = xp.empty(rows.shape, rows.dtype)
-    dweight, dbias = (xp.zeros(width, rows.dtype) for _ in range(2))
-    for block in row_blocks(xp, rows.shape):
-        u, r, dx = upstream[block], scale[block], out[block]
-        h = rows[block] - center[block]         # times r it is h; the factor is left to smaller arrays
-        uh = xp.multiply(u, h, out=dx)
-        if weight is not None:
-            dweight += r[:, 0] @ uh
-            dbias += xp.ones(len(u), rows.dtype) @ u
-        h *= r * r * (uh @ factor / width)[:, None]
-        h += (u @ factor / width)[:, None]
-        if weight is None:
-            xp.subtract(u, h, out=dx)
-        else:
-            xp.multiply(u, weight, out=dx)
-            dx -= h
-        dx *= r
-    return out.reshape(x.shape).astype(x.dtype, copy=False), dweight, dbias
+    """(dx, dweight, dbias); the last two are zeros without a weight.
+
+    With p = g * weight, s = rstd**3 * (sum(p * x) - mean * sum(p)) / n and m(.) as above, dx is
+    rstd * p - s * x + (s * mean - rstd * m(p)): products with x itself instead of h are passes less.
+    """
+    x_rows, upstream = as_rows(x, ndim), as_rows(g, ndim)
+    center, scale = mean_.reshape(-1), rstd.reshape(-1)
+    rows = Rows(xp, x_rows.shape[1], x_rows.dtype)
+    factor = rows.ones if weight is None else weight
+    out = xp.empty(x_rows.shape, x_rows.dtype)
+    sums = xp.zeros((3, rows.width), x_rows.dtype)  # over rows: of rstd * g * x, of rstd * mean * g, of g
+    blocks = list(row_blocks(xp, x_rows.shape))
+    room = xp.empty_like(out[blocks[0]]) if blocks else out
+    with unbuffered(xp, rows.width):
+        for block in blocks:
+            u, v, m, r, dx = upstream[block], x_rows[block], center[block], scale[block], out[block]
+            product = xp.multiply(u, v, out=dx)
+            total, against = u @ factor, product @ factor
+            if weight is not None:
+                sums[0] += r @ product
+                sums[1:] += xp.stack((r * m, xp.ones_like(r))) @ u
+            slope = r * r * r * (m * total - against) / rows.width
+            shift = -slope * m - r * total / rows.width
+            rows.scale(v, slope, out=dx)
+            rows.shift(dx, shift, out=dx)
+            dx += rows.scale(u, r, weight, out=room[:len(u)])
+    return out.reshape(x.shape).astype(x.dtype, copy=False), sums[0] - sums[1], sums[2]
 
 
 # --- second derivative ------------------------------------------------------------------------------

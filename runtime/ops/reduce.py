@@ -31,6 +31,7 @@ from meshtape.runtime.op import (
 from meshtape.runtime.ops.pointwise import equal, exp
 from meshtape.runtime.ops.rules import COMPLEX, conjugate, floated
 from meshtape.runtime.ops.scan import product_of_others
+from meshtape.runtime.rowwise import sums
 from meshtape.runtime.shards import Shape
 
 Axis = int | tuple[int, ...] | None
@@ -129,7 +130,7 @@ def reductions(*, empty: bool = True, diff: bool = True, distinct: bool = False,
 
 def _sum(xp: Any, x: Any, axis: Axis, keepdims: bool, dtype: str | None) -> Any:
     acc = accumulator(_summed(x.dtype, dtype))
-    return x.sum(axis=normalize_axes(axis, x.ndim), dtype=acc, keepdims=keepdims)
+    return sums(xp, x, normalize_axes(axis, x.ndim), keepdims, acc)
 
 
 def _unsum(g: Any, out: Any, x: Any, axis: Axis, keepdims: bool, **attrs: Any) -> Any:
@@ -180,7 +181,7 @@ def _stretched(x: Shape, shape: Shape) -> tuple[int, ...]:
 
 def _sum_to(xp: Any, x: Any, shape: Shape) -> Any:
     axes = _stretched(x.shape, shape)
-    return x.sum(axis=axes, dtype=accumulator(x.dtype), keepdims=True).reshape(shape)
+    return sums(xp, x, axes, True, accumulator(x.dtype)).reshape(shape)
 
 
 def _sum_to_shape(x: Shape, shape: Shape) -> list[Shape]:
@@ -208,7 +209,7 @@ sum_to = register(Op(
 def _mean(xp: Any, x: Any, axis: Axis, keepdims: bool, count: int | None) -> Any:
     axes = normalize_axes(axis, x.ndim)
     n = prod(x.shape[i] for i in axes) if count is None else count
-    return x.sum(axis=axes, dtype=accumulator(x.dtype), keepdims=keepdims) / float(n)
+    return sums(xp, x, axes, keepdims, accumulator(x.dtype)) / float(n)
 
 
 def _mean_local(attrs: dict[str, Any], io: IO) -> dict[str, Any]:

@@ -158,3 +158,44 @@ def test_what_does_not_fit_is_refused() -> None:
         FORWARD.dtype(f64, f64, f64, i64, int, int, **FORWARD.attrs)
     with pytest.raises(DTypeError, match="complex"):
         FORWARD.dtype(*[np.dtype("complex64")] * 3, bool, int, int, **FORWARD.attrs)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (2, 0, 3, 1, 4), (2, 1, 3, 0, 4)])
+@pytest.mark.parametrize("scale", [0.5, 300.0])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_attention_of_a_sequence_to_itself_wherever_it_lies(order: tuple[int, ...], scale: float,
+                                                            dtype: str) -> None:
+    """Query, key and value as one tensor, in the order of memory of various projections."""
+    shape = (3, 2, 5, 37, 4)
+    lying = np.random.default_rng(0).normal(size=[shape[order.index(d)] for d in range(5)]).astype(dtype)
+    qkv, itself = lying.transpose(order), TABLE["self_attention"]
+    assert qkv.shape == shape
+    g = np.random.default_rng(1).normal(size=shape[1:]).astype(dtype)
+    mask = np.random.default_rng(2).uniform(size=(2, 1, 37, 37)) < 0.6
+    attrs = itself.attrs | {"scale": scale, "p": 0.3, "is_causal": True}
+    with np.errstate(all="ignore"):
+        out, lse = itself.kernel(np, qkv, mask, 5, 7, **attrs)
+        delta = (g * out).sum(-1)
+        d = TABLE["self_attention_grad"].kernel(np, g, delta, qkv, lse, mask, 5, 7, **attrs)
+    wanted, grads = run(*(np.ascontiguousarray(x) for x in qkv), g, mask, (5, 7), scale=scale, p=0.3,
+                        is_causal=True)
+    assert (out.dtype, d.dtype, d.shape) == (qkv.dtype, qkv.dtype, shape)
+    close = {"rtol": 1e-4, "atol": 1e-3} if dtype == "float32" else {"rtol": 1e-9, "atol": 1e-9}
+    np.testing.assert_allclose(out, wanted, **close)
+    for a, b in zip(d, grads, strict=True):
+        np.testing.assert_allclose(a, b, **close)
+    if order != (0, 1, 2, 3, 4):            # results lie as the inputs do: a projection copies nothing
+        assert d.transpose(np.argsort(order)).flags.c_contiguous
+
+
+def test_a_query_may_look_nowhere_beside_others_that_look() -> None:
+    q, k, v, g = (a.astype(np.float32) for a in arrays((2, 3), 40, 40))
+    mask = np.ones((40, 40), bool)
+    mask[7] = False
+    weights, out = formula(q, k, v, mask)
+    found, grads = run(q, k, v, g, mask)
+    assert (found[:, :, 7] == 0).all()
+    assert (grads[0][:, :, 7] == 0).all()
+    np.testing.assert_allclose(found, out, rtol=1e-4, atol=1e-5)
+    for a, b in zip(grads, formula_grads(g, q, k, v, weights, 1.0), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
