@@ -26,13 +26,13 @@ import numpy as np
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import ALPHABET, IO, Axes, Op, Sample, register
 from meshtape.runtime.ops.contraction import widen
-from meshtape.runtime.ops.nn import row_blocks
 from meshtape.runtime.ops.pointwise import add, mul, sub
 from meshtape.runtime.ops.reduce import accumulator, sum_
 from meshtape.runtime.ops.rules import COMPLEX, floated
 from meshtape.runtime.ops.shape import reshape
 from meshtape.runtime.ops.slices import slice_, slice_attrs
 from meshtape.runtime.ops.windows import channel_rows, in_order_of, innermost, placed
+from meshtape.runtime.rowwise import row_blocks
 from meshtape.runtime.shards import Shape
 
 Attrs = dict[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,9 @@ import pytest
 
 from meshtape.runtime.blas import blas_core
 from meshtape.runtime.op import lookup
-from meshtape.runtime.ops import conv_rows, narrow, nn
+from meshtape.runtime.ops import batch_norm, conv_rows, narrow
 from meshtape.runtime.ops.windows import innermost
+from meshtape.runtime.rowwise import row_blocks
 
 Array = np.ndarray[Any, Any]
 RNG = np.random.default_rng(0)
@@ -153,7 +155,7 @@ def test_products_of_few_rows(monkeypatch: pytest.MonkeyPatch, rows: int, inner:
 @pytest.mark.parametrize("shape", [(6, 4, 5, 3), (5, 3, 7), (4, 3), (1, 3, 4, 2), (6, 1, 2, 2)])
 def test_batch_normalization_is_the_same_in_either_order(monkeypatch: pytest.MonkeyPatch, shape: Any,
                                                          limit: int) -> None:
-    monkeypatch.setattr(nn, "CACHED", limit)
+    monkeypatch.setattr(batch_norm, "row_blocks", partial(row_blocks, cached=limit))
     x, g = RNG.normal(size=shape), RNG.normal(size=shape)
     mean, rstd, weight, bias = (RNG.normal(size=shape[1]) for _ in range(4))
     sums, count = RNG.normal(size=(2, shape[1])), x.size // shape[1]
