@@ -65,9 +65,12 @@ def _call(at: int, step: Step, scope: dict[str, Any], convert: bool) -> list[str
     for i, (name, value) in enumerate(call.attrs.items()):
         scope[f"a{at}_{i}"] = value
         words.append(f"{name}=a{at}_{i}")
-    if step.reuse:
-        over = dict(step.reuse)
-        where = [f"s{step.ins[over[k]]}" if k in over else "None" for k in range(len(outs))]
+    if step.reuse or step.places:
+        over = {k: f"s{step.ins[i]}" for k, i in step.reuse}
+        for k, array in step.places:
+            scope[f"p{at}_{k}"] = array
+            over[k] = f"p{at}_{k}"
+        where = [over.get(k, "None") for k in range(len(outs))]
         words.append(f"out=({', '.join(where)},)" if call.many else f"out={where[0]}")
     target = ", ".join(outs) + ("," if call.many and len(outs) == 1 else "")
     text = [f" {target} = k{at}({', '.join(words)})"]

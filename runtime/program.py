@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from math import prod
 from typing import Any, NamedTuple
 
 from meshtape.runtime import moves
@@ -23,6 +24,10 @@ class Call(NamedTuple):
     `kind` is "op", "feed", "collective", or half of a collective: "start" or "wait". `many`: it returns a
     sequence of arrays. `meets` are the types of a collective's inputs (None for a scalar). `over`: what a
     collective may write over what, as (output, input) positions. `name` is for traces.
+
+    A reduction's operands can lie in memory that the other ranks read: `lend(start)` gives such arrays, from
+    byte `start` of that memory, with the function that reduces through them, or None; `lendable` are the
+    positions of the operands.
     """
 
     kind: str
@@ -35,11 +40,13 @@ class Call(NamedTuple):
     shapes: tuple[Shape, ...]
     meets: tuple[TensorType | None, ...] = ()
     over: tuple[tuple[int, int], ...] = ()
+    lend: Callable[[int], tuple[Any, Callable[..., Any]] | None] | None = None
+    lendable: tuple[int, ...] = ()
 
 
 class Step(NamedTuple):
     """One call in its place: operand slots (negative: scalars), slots to release after it, which outputs may
-    be written over which inputs, and the step of the body that it comes from.
+    be written over which inputs, the step of the body that it comes from, and arrays to write outputs to.
     """
 
     call: Call
@@ -48,11 +55,13 @@ class Step(NamedTuple):
     release: tuple[int, ...]
     reuse: Reuse
     origin: int
+    places: tuple[tuple[int, Any], ...] = ()
 
 
 class Compiled(NamedTuple):
     """A body ready to run: `external` slots are bound from the block table before the first step (`taken`
-    ones leave it), `kept` slots enter it after the last, copied if `sharing` says so.
+    ones leave it), `kept` slots enter it after the last, copied if `sharing` says so. Of these, `lent` ones
+    lie in memory that a later program may write to.
     """
 
     steps: tuple[Step, ...]
@@ -61,6 +70,7 @@ class Compiled(NamedTuple):
     taken: frozenset[int]
     kept: tuple[int, ...]
     sharing: Sharing
+    lent: tuple[int, ...] = ()
 
 
 class Site(NamedTuple):
@@ -81,7 +91,7 @@ def local_shape(t: TensorType, site: Site) -> Shape:
 
 def compile_program(program: Program, site: Site) -> Compiled:
     calls = [compile_instr(instr, site) for instr in program.instrs]
-    placed = [Placed(calls[k], ins, outs, at) for at, (k, ins, outs) in enumerate(program.steps)]
+    placed, room = lend([Placed(calls[k], ins, outs, at) for at, (k, ins, outs) in enumerate(program.steps)])
     beside = [any(site.overlap) and _overlaps(program.instrs[k], site) for k, _, _ in program.steps]
     placed, n_slots = split_collectives(placed, program.n_slots, beside, lambda c, what: half(c, what, site))
     dead = {*program.dead, *range(program.n_slots, n_slots)}
@@ -104,10 +114,36 @@ def compile_program(program: Program, site: Site) -> Compiled:
     kept = tuple(sorted(made - dead))
     found, sharing = reuses([step[:3] for step in placed], last, taken, kept,
                            {s: shape for k, ins, _ in program.steps
-                            for s, shape in zip(ins, in_shapes(program.instrs[k], site), strict=True)})
-    steps = tuple(Step(call, ins, outs, tuple(release[at]), found[at] if site.reuse else (), origin)
+                            for s, shape in zip(ins, in_shapes(program.instrs[k], site), strict=True)},
+                           frozenset(room))
+    steps = tuple(Step(call, ins, outs, tuple(release[at]), found[at] if site.reuse else (), origin,
+                       tuple((k, room[s]) for k, s in enumerate(outs) if s in room))
                   for at, (call, ins, outs, origin) in enumerate(placed))
-    return Compiled(steps, n_slots, tuple(external), taken, kept, sharing)
+    return Compiled(
+        steps, n_slots, tuple(external), taken, kept, sharing, tuple(s for s in kept if s in room)
+    )
+
+
+def lend(placed: Sequence[Placed]) -> tuple[list[Placed], dict[int, Any]]:
+    """The steps with reductions that read their operands where the peers can, and the arrays of those slots
+    that a kernel can write there.
+    """
+    out, wanted, at = list(placed), dict[int, Any](), 0
+    for k, step in enumerate(placed):
+        found = step.call.lend(at) if step.call.lend is not None else None
+        if found is not None:
+            resident, function = found
+            at = resident.stop
+            out[k] = step._replace(call=step.call._replace(function=function))
+            wanted.update(zip((step.ins[i] for i in step.call.lendable), resident.arrays, strict=True))
+    room = {}
+    for call, _, outs, _ in placed:
+        for slot, shape, dtype in zip(outs, call.shapes, call.dtypes, strict=True):
+            array = wanted.get(slot)
+            if array is not None and call.op is not None and call.op.takes_out and (
+                    array.shape == shape and array.dtype == dtype):
+                room[slot] = array
+    return out, room
 
 
 def _overlaps(instr: Instr, site: Site) -> bool:
@@ -156,13 +192,16 @@ def compile_instr(instr: Instr, site: Site) -> Call:
             return Call("collective", move_name(instr), path, {}, None, False, dtypes, shapes, meets)
         case "all_reduce_bucket":
             axis, combine = instr.attrs
-            run = moves.compile_bucket(xp, shapes, combine, site.communicators[axis])
-            return Call("collective", bucket_name(instr), run, {}, None, True, dtypes, shapes, meets)
+            comm = site.communicators[axis]
+            return reduction(instr, site, axis, dtypes, shapes,
+                             lambda via=None: moves.compile_bucket(xp, shapes, combine, comm, via), shapes)
         case "reduce_scatter_bucket":
             axis, combine, dims = instr.attrs
             whole = [local_shape(t, site) for t in meets]
-            run = moves.compile_scatter_bucket(xp, whole, dims, combine, site.communicators[axis])
-            return Call("collective", bucket_name(instr), run, {}, None, True, dtypes, shapes, meets)
+            comm = site.communicators[axis]
+            return reduction(
+                instr, site, axis, dtypes, shapes,
+                lambda via=None: moves.compile_scatter_bucket(xp, whole, dims, combine, comm, via), whole)
         case "all_gather_bucket":
             axis, _, dims = instr.attrs
             run = moves.compile_gather_bucket(xp, shapes, dims, site.communicators[axis])
@@ -179,6 +218,31 @@ def compile_instr(instr: Instr, site: Site) -> Call:
     return Call("op", op.name, op.kernel, attrs, op, op.n_out != 1, dtypes, shapes)
 
 
+# Bytes of a bucket from which not copying its operands is worth the bookkeeping.
+LEND_FROM = 1 << 18
+
+
+def reduction(instr: Instr, site: Site, axis: int, dtypes: tuple[Any, ...], shapes: tuple[Shape, ...],
+              make: Callable[..., Any], given: Sequence[Shape]) -> Call:
+    """A bucket of reductions of arrays of the shapes `given`; make(via) makes the function."""
+    meets = tuple(t for t in instr.ins if t is not None)
+    return Call("collective", bucket_name(instr), make(), {}, None, True, dtypes, shapes, meets,
+                lend=lender(site, axis, given, dtypes[0], make), lendable=tuple(range(len(meets))))
+
+
+def lender(site: Site, axis: int, shapes: Sequence[Shape], dtype: Any,
+           make: Callable[..., Any]) -> Callable[[int], tuple[Any, Callable[..., Any]] | None] | None:
+    """What Call.lend is for arrays of these shapes, where that is worth it; the same on all ranks."""
+    if not site.reuse or sum(map(prod, shapes)) * dtype.itemsize < LEND_FROM:
+        return None
+
+    def lend_from(start: int) -> tuple[Any, Callable[..., Any]] | None:
+        via = site.communicators[axis].resident(shapes, dtype, start)
+        return None if via is None else (via, make(via))
+
+    return lend_from
+
+
 def bucket_name(instr: Instr) -> str:
     return f"{instr.op.removesuffix('_bucket')} ({len(instr.outs)} tensors)"
 
@@ -193,20 +257,21 @@ def compile_update(instr: Instr, site: Site) -> Call:
     """A sharded optimizer update: see runtime.sharded_update."""
     name, attrs, axis, dims = instr.attrs
     op = lookup(name)
-    run, over = sharded_update(site.xp, op, op.unpack(attrs), dims, site.communicators[axis],
-                               [None if t is None else local_shape(t, site) for t in instr.ins])
-    return Call(
-        "collective",
-        f"sharded {name}",
-        run,
-        {},
-        None,
-        True,
-        tuple(canonical(t.dtype) for t in instr.outs),
-        tuple(local_shape(t, site) for t in instr.outs),
-        instr.ins,
-        over,
-    )
+    ins = [None if t is None else local_shape(t, site) for t in instr.ins]
+
+    def make(via: Any = None) -> Any:
+        return sharded_update(site.xp, op, op.unpack(attrs), dims, site.communicators[axis], ins, via)
+
+    run, over = make()
+    first = ins.count(None) + len(dims)
+    addends = tuple(first + k for k, dim in enumerate(dims) if dim >= 0)
+    shapes = [s for s in (ins[i] for i in addends) if s is not None]
+    kind = instr.ins[addends[0]]
+    assert kind is not None
+    return Call("collective", f"sharded {name}", run, {}, None, True,
+                tuple(canonical(t.dtype) for t in instr.outs),
+                tuple(local_shape(t, site) for t in instr.outs), instr.ins, over,
+                lender(site, axis, shapes, canonical(kind.dtype), lambda via: make(via)[0]), addends)
 
 
 def placeholder(t: TensorType, site: Site) -> Any:

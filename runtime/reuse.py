@@ -46,11 +46,13 @@ def reuses(
     taken: frozenset[int],
     kept: Sequence[int],
     types: Mapping[int, Any],
+    lent: frozenset[int] = frozenset(),
 ) -> tuple[list[Reuse], Sharing]:
     """For every step (call, ins, outs) its reuses, and which kept slots share memory.
 
     `last` is the step after which a slot is not read; `taken` are external slots that nobody else holds;
-    `types` gives local (shape, dtype) by slot.
+    `types` gives local (shape, dtype) by slot. `lent` slots have a place of their own: nothing is written
+    over them, nor they over anything.
     """
     groups = Groups()
     own, views, feeds, made = set(taken), set[int](), set[int](), set[int]()
@@ -64,7 +66,9 @@ def reuses(
         elif call.kind == "start":
             pass                            # makes no array
         elif (len(outs) > 1 and call.op is None) or (call.op is not None and call.op.takes_out):
-            own.update(outs)                # a bucket's results are parts of one array that do not overlap
+            own.update(
+                s for s in outs if s not in lent
+            )  # a bucket's results are parts of one array that do not overlap
         else:
             views.update(outs)
             for slot in outs:
@@ -79,7 +83,8 @@ def reuses(
     ends = {g: NEVER if g in alien else max(NEVER if s in kept_set else last.get(s, -1) for s in slots)
             for g, slots in members.items()}
     found = [
-        _step_reuse(call, ins, outs, at, own, groups, ends, types)
+        tuple(pair for pair in _step_reuse(call, ins, outs, at, own, groups, ends, types)
+              if outs[pair[0]] not in lent)
         for at, (call, ins, outs) in enumerate(steps)
     ]
     return found, Sharing(frozenset(views & kept_set), frozenset(feeds & kept_set))

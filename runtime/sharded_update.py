@@ -17,12 +17,14 @@ Update = Callable[..., list[Any]]
 
 
 def sharded_update(xp: Any, op: Op, attrs: dict[str, Any], dims: Sequence[int], comm: Any,
-                   shapes: Sequence[Shape | None]) -> tuple[Update, tuple[tuple[int, int], ...]]:
+                   shapes: Sequence[Shape | None],
+                   via: Any = None) -> tuple[Update, tuple[tuple[int, int], ...]]:
     """The function of a sharded update, and what it may write over what, as (output, input) positions.
 
     Inputs are those of `op` (scalars, n parameters, n gradients, states), outputs n new parameters and the
     new states. Parameters with dims[k] >= 0 and their outputs are whole, their gradients addends, and their
-    states this rank's parts along dims[k]; the others are updated as they are. `shapes` are the inputs'.
+    states this rank's parts along dims[k]; the others are updated as they are. `shapes` are the inputs',
+    `via` arrays that the peers can read, for the addends.
     """
     n, scalars = len(dims), sum(s is None for s in shapes)
     split_ones = [k for k in range(n) if dims[k] >= 0]
@@ -41,7 +43,7 @@ def sharded_update(xp: Any, op: Op, attrs: dict[str, Any], dims: Sequence[int], 
             room.extend(xp.empty(w[key].shape, w.dtype) for w, key in zip(addends, keys, strict=True))
         news = []
         for k, key, reduced in zip(
-                split_ones, keys, comm.reduce_scatter_many(addends, cuts, "sum", room), strict=True):
+                split_ones, keys, comm.reduce_scatter_many(addends, cuts, "sum", room, via), strict=True):
             new = targets[k]
             if new is None or not new.flags.c_contiguous:
                 new = xp.array(args[scalars + k], order="C")

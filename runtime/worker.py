@@ -61,6 +61,7 @@ class Worker:
         self.device = device
         self.blocks: dict[int, Any] = {}
         self.programs: dict[bytes, Body] = {}
+        self.lent: list[int] = []           # blocks that lie in memory which later programs write to
         self.poisoned = 0
         self.spans: list[Span] | None = None
         self.generate = generate
@@ -110,6 +111,16 @@ class Worker:
         return sum(c.bytes_sent for c in self.site.communicators)
 
     def _execute(self, body: Body, run: Run, failures: list[Failure]) -> None:
+        """Run a body, after giving memory of their own to blocks that stand where programs write."""
+        for name in self.lent:
+            value = self.blocks.get(name)
+            if value is not None and type(value) is not Poison:
+                self.blocks[name] = self.site.xp.array(value)
+        self.lent.clear()
+        self._perform(body, run, failures)
+        self.lent += [run.ids[slot] for slot in body.program.lent]
+
+    def _perform(self, body: Body, run: Run, failures: list[Failure]) -> None:
         if body.code is None or self.poisoned or run.trace:
             slots = self._bind(body.program, run)
             self._interpret(body, run, slots, 0, iter(run.feeds), failures)
