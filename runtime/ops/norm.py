@@ -143,7 +143,7 @@ def _grad_rows(xp: Any, g: Any, x: Any, mean_: Any, rstd: Any, weight: Any,
     rows = Rows(xp, x_rows.shape[1], x_rows.dtype)
     factor = rows.ones if weight is None else weight
     out = xp.empty(x_rows.shape, x_rows.dtype)
-    sums = xp.zeros((3, rows.width), x_rows.dtype)  # over rows: of rstd * g * x, of rstd * mean * g, of g
+    dweight, dbias = (xp.zeros(rows.width, x_rows.dtype) for _ in range(2))
     blocks = list(row_blocks(xp, x_rows.shape))
     room = xp.empty_like(out[blocks[0]]) if blocks else out
     with unbuffered(xp, rows.width):
@@ -152,14 +152,15 @@ def _grad_rows(xp: Any, g: Any, x: Any, mean_: Any, rstd: Any, weight: Any,
             product = xp.multiply(u, v, out=dx)
             total, against = u @ factor, product @ factor
             if weight is not None:
-                sums[0] += r @ product
-                sums[1:] += xp.stack((r * m, xp.ones_like(r))) @ u
+                dweight += r @ product
+                dweight -= (r * m) @ u
+                dbias += xp.ones_like(r) @ u
             slope = r * r * r * (m * total - against) / rows.width
             shift = -slope * m - r * total / rows.width
             rows.scale(v, slope, out=dx)
             rows.shift(dx, shift, out=dx)
             dx += rows.scale(u, r, weight, out=room[:len(u)])
-    return out.reshape(x.shape).astype(x.dtype, copy=False), sums[0] - sums[1], sums[2]
+    return out.reshape(x.shape).astype(x.dtype, copy=False), dweight, dbias
 
 
 # --- second derivative ------------------------------------------------------------------------------

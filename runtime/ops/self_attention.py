@@ -104,7 +104,8 @@ def _grad_local(attrs: Attrs, io: IO) -> Attrs:
 
 def _kernel(xp: Any, qkv: Any, mask: Any, seed: int, draw: int, is_causal: bool, scale: float, p: float,
             offset: Shape | None, whole: Shape | None) -> Any:
-    return attend(xp, *qkv, mask, Dropout(p, seed, draw), is_causal=is_causal, scale=scale, offset=offset,
+    q, k, v = qkv
+    return attend(xp, q, k, v, mask, Dropout(p, seed, draw), is_causal=is_causal, scale=scale, offset=offset,
                   whole=whole)
 
 
@@ -112,7 +113,8 @@ def _grad_kernel(xp: Any, g: Any, delta: Any, qkv: Any, lse: Any, mask: Any, see
                  is_causal: bool, scale: float, p: float, offset: Shape | None, whole: Shape | None) -> Any:
     entries = widen(qkv).reshape(3, *two(qkv.shape[1:-2]), *qkv.shape[-2:])
     results = xp.empty_like(entries)
-    attend_back(xp, g, delta, *qkv, lse, mask, Dropout(p, seed, draw), results, is_causal=is_causal,
+    q, k, v = qkv
+    attend_back(xp, g, delta, q, k, v, lse, mask, Dropout(p, seed, draw), results, is_causal=is_causal,
                 scale=scale, offset=offset, whole=whole)
     return results.reshape(qkv.shape).astype(qkv.dtype, copy=False)
 
@@ -130,8 +132,9 @@ def _parts(x: Any) -> list[Any]:
 
 def _grad_vjp(u: Any, out: Any, g: Any, delta: Any, qkv: Any, lse: Any, mask: Any, seed: Any, draw: Any,
               **attrs: Any) -> Any:
+    q, k, v = _parts(qkv)
     by_g, by_delta, by_q, by_k, by_v, by_lse, *_ = second_derivative(
-        _parts(u), out, g, delta, *_parts(qkv), lse, mask, seed, draw, **attrs)
+        _parts(u), out, g, delta, q, k, v, lse, mask, seed, draw, **attrs)
     return by_g, by_delta, stack(by_q, by_k, by_v, axis=0), by_lse, None, None, None
 
 

@@ -270,6 +270,21 @@ def test_embedding_and_its_gradient_are_torchs(padding_idx: int | None) -> None:
     np.testing.assert_allclose(gradients(out, Eager(g), [weight])[0].array, t.grad.numpy(), rtol=1e-12)
 
 
+@pytest.mark.parametrize(("tokens", "rows", "width"), [(3000, 7, 5), (3000, 1, 64), (50, 40, 2000)])
+@pytest.mark.parametrize("padding_idx", [None, 0])
+def test_embedding_gradient_of_rows_that_come_often(tokens: int, rows: int, width: int,
+                                                    padding_idx: int | None) -> None:
+    rng = np.random.default_rng(0)
+    found_at, g = rng.integers(-rows, rows, (2, tokens)), rng.normal(size=(2, tokens, width))
+    found_at[found_at % rows == 3] = 2                  # a row that does not come at all
+    wanted = np.zeros((rows, width))
+    np.add.at(wanted, found_at % rows, g)
+    if padding_idx is not None:
+        wanted[padding_idx] = 0
+    found = lookup("embedding_grad").kernel(np, g, found_at, rows, padding_idx)
+    np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
+
+
 def test_embedding_gradient_leaves_out_the_padding_row_in_every_order() -> None:
     op = lookup("embedding_grad")
     tokens = np.array([[0, 2, 1], [2, 2, 0]])

@@ -9,9 +9,9 @@ import pytest
 from eager import check_gradients
 from table import make_inputs, samples
 
+from meshtape.runtime import rowwise
 from meshtape.runtime.errors import DTypeError, ShapeError
 from meshtape.runtime.op import lookup
-from meshtape.runtime.ops import nn
 
 torch = pytest.importorskip("torch")
 F = torch.nn.functional
@@ -67,7 +67,7 @@ def test_softmax_of_halves_sums_in_float32(dtype: str) -> None:
 
 
 def test_a_block_of_rows_is_no_boundary() -> None:
-    rows = nn.CACHED // 100 * 2 + 17
+    rows = rowwise.CACHED // 100 * 2 + 17
     x = RNG.normal(size=(rows, 100))
     target = RNG.integers(0, 100, rows)
     total, count, p = run("cross_entropy", x, target)
@@ -79,6 +79,23 @@ def test_a_block_of_rows_is_no_boundary() -> None:
     np.testing.assert_allclose(y, F.layer_norm(torch.tensor(x), (100,)).numpy(), rtol=1e-9, atol=1e-12)
     np.testing.assert_allclose(mean[:, 0], x.mean(1), atol=1e-12)
     np.testing.assert_allclose(rstd[:, 0], 1 / np.sqrt(x.var(1) + 1e-5), rtol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [-300.0, -100.0, -12.0, -5.0, 0.0, 5.0, 12.0, 30.0, 100.0, 300.0])
+@pytest.mark.parametrize("width", [3, 65, 600])
+def test_logits_of_any_size_lose_no_more_than_rounding(offset: float, width: int) -> None:
+    """Whether or not a maximum is subtracted; relative to float64, as good as float32 can be."""
+    x = (np.random.default_rng(0).normal(size=(50, width)) * 2 + offset).astype(np.float32)
+    x[7] += 40
+    x[9, 1] = -np.inf
+    target = np.random.default_rng(1).integers(2, width, 50)
+    wide = torch.tensor(x.astype(np.float64))
+    np.testing.assert_allclose(run("softmax", x), torch.softmax(wide, 1), rtol=2e-6)
+    exact = torch.log_softmax(wide, 1).numpy()
+    np.testing.assert_allclose(run("log_softmax", x), exact, rtol=2e-7, atol=2e-6 + 1.2e-7 * abs(offset))
+    total, _, p = run("cross_entropy", x, target)
+    np.testing.assert_allclose(p, torch.softmax(wide, 1), rtol=2e-6)
+    np.testing.assert_allclose(total, -exact[np.arange(50), target].sum(), rtol=2e-6)
 
 
 # --- classification losses ----------------------------------------------------------------------------
