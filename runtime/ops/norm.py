@@ -133,11 +133,7 @@ def _normalize_grad(xp: Any, g: Any, x: Any, mean_: Any, rstd: Any, ndim: int) -
 
 def _grad_rows(xp: Any, g: Any, x: Any, mean_: Any, rstd: Any, weight: Any,
                ndim: int) -> tuple[Any, Any, Any]:
-    """(dx, dweight, dbias); the last two are zeros without a weight.
-
-    With p = g * weight, s = rstd**3 * (sum(p * x) - mean * sum(p)) / n and m(.) as above, dx is
-    rstd * p - s * x + (s * mean - rstd * m(p)): products with x itself instead of h are passes less.
-    """
+    """(dx, dweight, dbias); the last two are zeros without a weight. Row sums are matrix-vector products."""
     x_rows, upstream = as_rows(x, ndim), as_rows(g, ndim)
     center, scale = mean_.reshape(-1), rstd.reshape(-1)
     rows = Rows(xp, x_rows.shape[1], x_rows.dtype)
@@ -149,17 +145,15 @@ def _grad_rows(xp: Any, g: Any, x: Any, mean_: Any, rstd: Any, weight: Any,
     with unbuffered(xp, rows.width):
         for block in blocks:
             u, v, m, r, dx = upstream[block], x_rows[block], center[block], scale[block], out[block]
-            product = xp.multiply(u, v, out=dx)
-            total, against = u @ factor, product @ factor
+            h = rows.shift(v, -m, out=dx)           # times r it is h; the factor is left to columns
+            product = xp.multiply(u, h, out=room[:len(u)])
             if weight is not None:
                 dweight += r @ product
-                dweight -= (r * m) @ u
                 dbias += xp.ones_like(r) @ u
-            slope = r * r * r * (m * total - against) / rows.width
-            shift = -slope * m - r * total / rows.width
-            rows.scale(v, slope, out=dx)
-            rows.shift(dx, shift, out=dx)
-            dx += rows.scale(u, r, weight, out=room[:len(u)])
+            mean_g, mean_gh = u @ factor / rows.width, product @ factor / rows.width
+            rows.scale(h, -r * r * r * mean_gh, out=dx)
+            rows.shift(dx, -r * mean_g, out=dx)
+            dx += rows.scale(u, r, weight, out=product)
     return out.reshape(x.shape).astype(x.dtype, copy=False), dweight, dbias
 
 
