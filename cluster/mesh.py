@@ -74,8 +74,8 @@ class Mesh(ABC):
     def collect(self, timeout: float | None = None) -> Reply | None:
         """The next reply of any rank, or None after `timeout` seconds (None: wait for ever).
 
-        Each rank answers its runs in order, those that ask for it and those that failed. Raises WorkerLost if a worker died, was stopped or broke, after
-        which the mesh is closed; SessionClosed after close().
+        Each rank answers its runs in order, those that ask for it and those that failed. Raises WorkerLost if
+        a worker died, was stopped or broke, after which the mesh is closed; SessionClosed after close().
         """
 
     @abstractmethod

@@ -129,7 +129,8 @@ def run_of(message: Message) -> Run:
 
 
 def reply_frame(reply: Reply) -> list[Buffer]:
-    head = pack((reply.rank, reply.batch, reply.failures, reply.peak, reply.clock, reply.spans, reply.traffic))
+    head = pack((reply.rank, reply.batch, reply.failures, reply.peak, reply.clock, reply.spans,
+                 reply.traffic))
     return frame(REPLY, head, reply.values)
 
 

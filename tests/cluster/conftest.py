@@ -15,7 +15,6 @@ import pytest
 from meshtape.cluster.channel import dial
 from meshtape.cluster.feed import FeedMemory
 from meshtape.cluster.local import InlineMesh, ThreadMesh
-from meshtape.cluster.feed import FeedMemory
 from meshtape.cluster.mesh import mesh_axes
 from meshtape.cluster.process_mesh import Place
 from meshtape.cluster.socket_mesh import SocketMesh
