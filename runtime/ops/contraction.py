@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from meshtape.runtime import pieces
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import ALPHABET, Axes, Op, Sample, broadcast_shapes, register
 from meshtape.runtime.ops.pointwise import mul
@@ -79,8 +80,8 @@ def _matmul(xp: Any, x: Any, y: Any, transpose_x: bool, transpose_y: bool, out: 
         return xp.matmul(x, y).astype(dtype)
     if x.ndim > 2 and y.ndim == 2:
         rows = x.reshape(count_rows(x.shape), x.shape[-1])
-        return xp.matmul(rows, y).reshape(*x.shape[:-1], y.shape[-1])
-    return xp.matmul(x, y, out=out)
+        return pieces.times(xp, rows, y).reshape(*x.shape[:-1], y.shape[-1])
+    return pieces.times(xp, x, y, out) if x.ndim == y.ndim == 2 else xp.matmul(x, y, out=out)
 
 
 def _matmul_vjp_x(g: Any, out: Any, x: Any, y: Any, transpose_x: bool, transpose_y: bool) -> Any:
@@ -176,7 +177,7 @@ def _linear(xp: Any, x: Any, w: Any, b: Any, out: Any = None) -> Any:
         room = np.empty((len(rows), len(w)), w.dtype) if out is None else out
         y = np.add(np.matmul(w, rows.T).T, b, out=room)
     else:
-        y = xp.matmul(rows, w.T, out=out)
+        y = pieces.times(xp, rows, w.T, out)
         add_row(xp, y, b)
     return y.reshape(*x.shape[:-1], w.shape[0]).astype(dtype, copy=False)
 
@@ -208,7 +209,7 @@ def _linear_weight_grad(xp: Any, g: Any, x: Any, out: Any = None) -> Any:
     g, x = widen(g), widen(x)
     n, k = g.shape[-1], x.shape[-1]
     rows = count_rows(g.shape)
-    found = xp.matmul(g.reshape(rows, n).T, x.reshape(rows, k), out=out if g.dtype == dtype else None)
+    found = pieces.inner(xp, g.reshape(rows, n), x.reshape(rows, k), out if g.dtype == dtype else None)
     return found.astype(dtype, copy=False)
 
 
