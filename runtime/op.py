@@ -24,6 +24,7 @@ n_out        number of outputs; -1: as many as the shape rule says
 over         `(number of inputs, attrs) -> pairs (output, input)`: inputs that an output may be written over,
              when nobody else reads them. Pointwise ops (with `elementwise`) need none.
 samples      `() -> list of Sample`: what the generic tests run
+device       a second kernel, for CUDA, with the first as its oracle (see DeviceKernel)
 """
 
 from __future__ import annotations
@@ -81,6 +82,21 @@ class Sample:
     distinct: bool = False
 
 
+class DeviceKernel(NamedTuple):
+    """A kernel for CUDA devices, `run(device, *arrays, **attrs)`, where `supports(shapes, dtypes, attrs)` says
+    that it takes such arrays (shape and dtype are None for a Python scalar). `device` is a
+    runtime.cuda.device.Device; attrs, `out`, and results are as for the plain kernel.
+
+    numbers: how Python scalars arrive, one letter for each in the order of inputs: "d" and "i" as a 0-d array
+    on the device, of float64 or int64, "h" as the Python scalar itself. By default all are "h". A kernel that
+    takes arrays need not be captured again when a number changes.
+    """
+
+    run: Callable[..., Any]
+    supports: Callable[[tuple[Any, ...], tuple[Any, ...], dict[str, Any]], bool]
+    numbers: str = ""
+
+
 @dataclass(frozen=True, eq=False)
 class Op:
     """One row. Calling it with tensors records it: `mul(g, x)`, `softmax(x, axis=-1)`."""
@@ -99,6 +115,7 @@ class Op:
     samples: Callable[[], list[Sample]] | None = None
     n_out: int = 1
     over: Callable[[int, dict[str, Any]], list[tuple[int, int]]] | None = None
+    device: DeviceKernel | None = None
     takes_out: bool = field(default=False, init=False)
     kept_inputs: tuple[int, ...] = field(default=(), init=False)
     kept_outputs: tuple[int, ...] = field(default=(), init=False)

@@ -1,0 +1,34 @@
+"""The CUDA libraries of this process, as one value that is passed around; tests pass an emulation."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from meshtape.runtime.errors import MeshError
+
+
+class Libraries(NamedTuple):
+    """`cupy` is CuPy itself, `cublas` our binding of cuBLAS (runtime.cuda.cublas), `nccl` is cupy.cuda.nccl.
+
+    None where they are not installed: `cublaslt` (nvmath.bindings.cublasLt), `cudnn` (the cuDNN frontend),
+    `nccl`.
+    """
+
+    cupy: Any
+    cublas: Any
+    nccl: Any = None
+    cublaslt: Any = None
+    cudnn: Any = None
+
+
+def load() -> Libraries:
+    """The real libraries. Raises MeshError if CuPy or a device is missing."""
+    from meshtape.runtime.gpu import gpu_here
+    name, reason = gpu_here()
+    if not name:
+        raise MeshError(f"no GPU can be used here: {reason}; run `meshtape doctor` for what to install")
+    import cupy
+    from cupy.cuda import nccl
+
+    from meshtape.runtime.cuda import cublas
+    return Libraries(cupy, cublas.load(cupy), nccl if nccl.available else None)
