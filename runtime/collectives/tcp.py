@@ -301,6 +301,10 @@ class TcpCommunicator(PackingCommunicator):
 
     # -- the end
 
+    def poll(self, needed: bool) -> None:
+        self._links.read_news()
+        self._links.raise_news([r for r in range(self.size) if r != self.rank] if needed else [])
+
     def _abort(self, reason: str) -> None:
         self._links.abort(reason)
 

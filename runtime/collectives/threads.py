@@ -245,6 +245,11 @@ class ThreadCommunicator(HostCommunicator):
     def _barrier(self, call: int) -> None:
         self._exchange(call, ())
 
+    def poll(self, needed: bool) -> None:
+        failure = self._group.failure
+        if failure is not None and (needed or not isinstance(failure, PeerLost)):
+            raise type(failure)(str(failure))
+
     def _abort(self, reason: str) -> None:
         self._group.fail(CommAborted(reason))
 
