@@ -15,7 +15,9 @@ number of workers nor on the layout. What an element takes from its stream:
     float64       (word[e] >> 11) * 2**-53, in [0, 1)
     normal        elements 2k and 2k + 1 share a = ((word[2k] >> 11) + 1) * 2**-53 and
                   b = (word[2k + 1] >> 11) * 2**-53: they are sqrt(-2 log a) * cos(2 pi b) and
-                  sqrt(-2 log a) * sin(2 pi b), computed in float64
+                  sqrt(-2 log a) * sin(2 pi b), computed in float64 by additions, products, quotients and
+                  square roots alone, in a fixed order (`_log`, `_turn`), so that all processors and GPUs
+                  have the same bits
     integer       low + mulhi(word[e], high - low), the high half of the 128-bit product
     dropped       half[e] < round(p * 2**32)
 
@@ -41,6 +43,18 @@ MULTIPLIERS = 0xD2E7470EE14C6C93, 0xCA5A826395121157
 WEYL = 0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B
 ROUNDS = 10
 MASK64 = 2**64 - 1
+
+# Polynomials of fdlibm 5.3 (Sun Microsystems 1993; e_log.c, k_sin.c, k_cos.c), lowest power first: of
+# log(1 + f) in (f / (2 + f))^2, of sin and cos in the square of an angle of at most pi / 4.
+LOG = (6.666666666666735130e-01, 3.999999999940941908e-01, 2.857142874366239149e-01, 2.222219843214978396e-01,
+       1.818357216161805012e-01, 1.531383769920937332e-01, 1.479819860511658591e-01)
+SIN = (-1.66666666666666324348e-01, 8.33333333332248946124e-03, -1.98412698298579493134e-04,
+       2.75573137070700676789e-06, -2.50507602534068634195e-08, 1.58969099521155010221e-10)
+COS = (4.16666666666666019037e-02, -1.38888888888741095749e-03, 2.48015872894767294178e-05,
+       -2.75573143513906633035e-07, 2.08757232129817482790e-09, -1.13596475577881948265e-11)
+LN2 = 6.93147180369123816490e-01, 1.90821492927058770002e-10        # the first has 32 bits
+ROOT = 0x3FE6A09E << 32                     # the bits of sqrt(1 / 2), rounded down
+RADIANS = 2.0**-53 * 2 * np.pi
 
 SINE = [(-1)**k / factorial(2 * k + 1) for k in range(1, 8)]         # of (sin u - u) / u, in u^2
 MAX_RADIUS = 8.6                # sqrt(-2 log 2**-53)
@@ -122,31 +136,72 @@ def _pairs(xp: Any, seed: int, draw: int, start: int, count: int) -> tuple[Any, 
 
 def _box_muller(xp: Any, pairs: Any) -> Any:
     """Normal numbers (n, 2) in float64 from words (n, 2)."""
-    angle = (pairs[:, 1] >> xp.uint64(11)).astype(xp.float64) * (2.0**-53 * 2 * np.pi)
-    radius = _radius(xp, pairs)
-    found = xp.empty(pairs.shape, xp.float64)
-    xp.multiply(radius, xp.cos(angle), out=found[:, 0])
-    xp.multiply(radius, xp.sin(angle), out=found[:, 1])
+    radius, found = _radius(xp, pairs, _log), xp.empty(pairs.shape, xp.float64)
+    for k, part in enumerate(_turn(xp, pairs[:, 1])):
+        xp.multiply(radius, part, out=found[:, k])
     return found
 
 
-def _radius(xp: Any, pairs: Any) -> Any:
+def _radius(xp: Any, pairs: Any, log: Callable[[Any, Any], Any]) -> Any:
     a = ((pairs[:, 0] >> xp.uint64(11)) + xp.uint64(1)).astype(xp.float64)
     a *= 2.0**-53
-    radius = xp.log(a, out=a)
+    radius = log(xp, a)
     radius *= -2
     return xp.sqrt(radius, out=radius)
+
+
+def _log(xp: Any, a: Any) -> Any:
+    """log a in float64 for 2**-53 <= a <= 1, with an error below 1 ulp.
+
+    a = 2**k * (1 + f) with sqrt(1 / 2) < 1 + f < sqrt(2), and log(1 + f) = f - f^2 / 2 + s * (f^2 / 2 + R)
+    where s = f / (2 + f).
+    """
+    bits = a.view(xp.int64) + ((1023 << 52) - ROOT)
+    k = ((bits >> 52) - 1023).astype(xp.float64)
+    f = ((bits & ((1 << 52) - 1)) + ROOT).view(xp.float64) - 1
+    s, half = f / (f + 2), 0.5 * f * f
+    square = s * s
+    rest = square * _polynomial(LOG, square)
+    return k * LN2[0] - ((half - (s * (half + rest) + k * LN2[1])) - f)
+
+
+def _turn(xp: Any, turns: Any) -> tuple[Any, Any]:
+    """cos and sin of 2 pi t in float64, with errors below 2**-51, for t = turns / 2**64 cut to 53 bits.
+
+    t is the nearest quarter, q / 4, and a remainder of at most 1 / 8, which is exact.
+    """
+    whole = (turns >> xp.uint64(11)).view(xp.int64)
+    q = (whole + (1 << 50)) >> 51
+    u = (whole - (q << 51)).astype(xp.float64) * RADIANS
+    square = u * u
+    s = u + square * u * _polynomial(SIN, square)
+    half = 0.5 * square
+    near = 1 - half
+    c = near + (((1 - near) - half) + square * (square * _polynomial(COS, square)))
+    odd = (q & 1) == 1
+    cosine, sine = xp.where(odd, s, c), xp.where(odd, c, s)
+    return cosine * (1.0 - ((q + 1) & 2)), sine * (1.0 - (q & 2))
+
+
+def _polynomial(coefficients: tuple[float, ...], x: Any) -> Any:
+    """Horner's rule, lowest power first."""
+    out = coefficients[-1] * x
+    for c in coefficients[-2:0:-1]:
+        out += c
+        out *= x
+    out += coefficients[0]
+    return out
 
 
 def normal_single(seed: int, draw: int, start: int, count: int, mean: float, std: float) -> Any:
     """mean + std * normal(...), rounded to float32: the very same bits as by way of float64, in NumPy.
 
-    NumPy's sine and cosine of doubles take most of the time. So they come from a polynomial at first, with
-    an error below 2**-46, and a number whose rounding would be another within 2**-43 is made again from
-    theirs: about one in 5000.
+    So many steps in float64 take long. So sine and cosine come from shorter polynomials at first, with an
+    error below 2**-46, and the logarithm from NumPy; a number whose rounding would be another within 2**-43
+    is made again from `_box_muller`: about one in 5000.
     """
     pairs, skip = _pairs(np, seed, draw, start, count)
-    radius = _radius(np, pairs)
+    radius = _radius(np, pairs, lambda xp, a: xp.log(a, out=a))
     z = np.empty(pairs.shape)
     for k, part in enumerate(_cos_sin(pairs[:, 1])):
         np.multiply(part, radius, out=z[:, k])

@@ -6,6 +6,7 @@ Statistical tests use fixed seeds and bounds of about five standard deviations.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from typing import Any
 
@@ -173,6 +174,23 @@ def test_cosines_and_sines_from_polynomials_are_as_close_as_is_relied_upon() -> 
     angle = (turns >> np.uint64(11)).astype(np.float64) * (2.0**-53 * 2 * np.pi)
     for found, wanted in zip(philox._cos_sin(turns), (np.cos(angle), np.sin(angle)), strict=True):
         assert abs(found - wanted).max() < 2.0**-46
+
+
+def test_logarithms_cosines_and_sines_in_float64_are_as_good_as_the_library_s() -> None:
+    corners = np.array([0, 2**62, 2**63, 3 * 2**62, 2**64 - 1], np.uint64)
+    words = np.append(stream(SEED, DRAW, 100_000), corners)
+    a = ((words >> np.uint64(11)) + np.uint64(1)).astype(np.float64) * 2.0**-53
+    np.testing.assert_allclose(philox._log(np, a), np.log(a), rtol=4e-16)
+    angle = (words >> np.uint64(11)).astype(np.float64) * (2.0**-53 * 2 * np.pi)
+    cosine, sine = philox._turn(np, words)
+    assert max(abs(cosine - np.cos(angle)).max(), abs(sine - np.sin(angle)).max()) < 2.0**-50
+    assert cosine[-5:-1].tolist() == [1, 0, -1, 0] and sine[-5:-1].tolist() == [0, 1, 0, -1]
+
+
+def test_the_bits_of_normal_numbers_are_these_on_every_processor() -> None:
+    found = philox.normal(np, 1, 2, 0, 100_000)
+    assert [x.hex() for x in found[:2].tolist()] == ["-0x1.e84fce2f0d3b0p-1", "0x1.32e639c1600b4p+0"]
+    assert hashlib.sha256(found.astype("<f8").tobytes()).hexdigest()[:16] == "bde6d5f84543a005"
 
 
 def test_integers_cover_their_range_evenly() -> None:
