@@ -18,7 +18,16 @@ import numpy as np
 from meshtape.cluster.feed import FeedMemory, FeedView
 from meshtape.runtime.dtypes import canonical
 from meshtape.runtime.errors import MeshError
-from meshtape.runtime.protocol import Failure, Fetch, Reply, Run, Span, program_from_wire, type_from_wire
+from meshtape.runtime.protocol import (
+    Failure,
+    Fetch,
+    Reply,
+    Run,
+    Span,
+    freeze,
+    program_from_wire,
+    type_from_wire,
+)
 
 BEAT, RUN, REPLY, READY, BROKEN = range(5)
 PREFIX = struct.Struct("<BIIQ")
@@ -130,14 +139,14 @@ def run_of(message: Message) -> Run:
 
 def reply_frame(reply: Reply) -> list[Buffer]:
     head = pack((reply.rank, reply.batch, reply.failures, reply.peak, reply.clock, reply.spans,
-                 reply.traffic))
+                 reply.traffic, reply.graphs))
     return frame(REPLY, head, reply.values)
 
 
 def reply_of(message: Message) -> Reply:
-    rank, batch, failures, peak, (began, ended), spans, traffic = message.head
+    rank, batch, failures, peak, (began, ended), spans, traffic, graphs = message.head
     return Reply(rank, batch, [Failure(*f) for f in failures], message.arrays, peak, (began, ended),
-                 [Span(*s) for s in spans], [(calls, sent) for calls, sent in traffic])
+                 [Span(*s) for s in spans], [(calls, sent) for calls, sent in traffic], freeze(graphs))
 
 
 class Assembler:

@@ -48,19 +48,24 @@ def stats() -> dict[str, Any]:
     `ops` recorded, `batches` sent, `digest_hits` (batches that workers knew already), `messages` sent to
     workers, and per worker `peak_memory`, the most bytes its process ever held. `links` tells, per mesh axis,
     the `kind` of its communicators, how many `collectives` each worker has taken part in, and the
-    `bytes_sent` by each to others in them. Waits for what was sent.
+    `bytes_sent` by each to others in them. With GPU workers, `graphs` tells per worker how many programs are
+    `captured` as CUDA graphs, how many `replays` there were, and for which `reasons` others are not captured,
+    and `peak_memory` is that of the device. Waits for what was sent.
     """
     session = current.session()
     session.wait()
     along = {name: [t[axis] for t in session.inflight.traffic if t]
              for axis, name in enumerate(session.mesh.names)}
     counts = session.stats
+    graphs = [dict(zip(("captured", "replays", "reasons"), found, strict=True))
+              for found in session.inflight.graphs if found]
     return {"ops": counts.recorded + len(session.sites), "batches": counts.batches,
             "digest_hits": counts.digest_hits, "messages": counts.messages,
             "peak_memory": list(session.inflight.peaks),
             "links": {name: {"kind": kind, "collectives": [calls for calls, _ in along[name]],
                              "bytes_sent": [sent for _, sent in along[name]]}
-                      for name, kind in zip(session.mesh.names, session.mesh.links, strict=True)}}
+                      for name, kind in zip(session.mesh.names, session.mesh.links, strict=True)},
+            **({"graphs": graphs} if graphs else {})}
 
 
 __all__ = ["profile", "stats"]

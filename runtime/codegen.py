@@ -23,9 +23,11 @@ class Code(NamedTuple):
     lines: dict[int, int]
 
 
-def generate(program: Compiled, xp: Any, convert: Sequence[bool]) -> Code:
-    """The function of a body. `convert[at]`: a step's results need conversion to arrays of their dtype."""
-    scope: dict[str, Any] = {"xp": xp, "asarray": xp.asarray, "array": xp.array}
+def generate(program: Compiled, xp: Any, convert: Sequence[bool], device: Any = None) -> Code:
+    """The function of a body. `convert[at]`: a step's results need conversion to arrays of their dtype. On a
+    CUDA device its feeds are arrays there.
+    """
+    scope: dict[str, Any] = {"xp": xp, "device": device, "asarray": xp.asarray, "array": xp.array}
     text = ["def run(blocks, ids, scalars, feeds):"]
     lines: dict[int, int] = {}
     for slot in program.external:
@@ -35,7 +37,8 @@ def generate(program: Compiled, xp: Any, convert: Sequence[bool]) -> Code:
     for at, step in enumerate(program.steps):
         first = len(text) + 1
         if step.call.kind == "feed":
-            text.append(f" s{step.outs[0]} = asarray(feeds[{fed}])")
+            fed_array = f"asarray(feeds[{fed}])" if device is None else f"feeds[{fed}]"
+            text.append(f" s{step.outs[0]} = {fed_array}")
             fed += 1
         else:
             text += _call(at, step, scope, convert[at])
@@ -60,8 +63,12 @@ def _call(at: int, step: Step, scope: dict[str, Any], convert: bool) -> list[str
     """The lines of one step."""
     call, outs = step.call, [f"s{slot}" for slot in step.outs]
     scope[f"k{at}"] = call.function
-    words = [] if call.op is None else ["xp"]
-    words += [f"s{slot}" if slot >= 0 else f"scalars[{-1 - slot}]" for slot in step.ins]
+    words = ["device"] if call.on_device else [] if call.op is None else ["xp"]
+    operands = [f"s{slot}" if slot >= 0 else f"scalars[{-1 - slot}]" for slot in step.ins]
+    for i, array in step.given:
+        scope[f"n{at}_{i}"] = array
+        operands[i] = f"n{at}_{i}"
+    words += operands
     for i, (name, value) in enumerate(call.attrs.items()):
         scope[f"a{at}_{i}"] = value
         words.append(f"{name}=a{at}_{i}")

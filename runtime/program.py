@@ -9,9 +9,10 @@ from math import prod
 from typing import Any, NamedTuple
 
 from meshtape.runtime import moves
+from meshtape.runtime.cuda.inputs import Inputs
 from meshtape.runtime.dtypes import canonical
-from meshtape.runtime.op import IO, Op, lookup
-from meshtape.runtime.overlap import Pending, Placed, split_collectives
+from meshtape.runtime.op import IO, DeviceKernel, Op, lookup
+from meshtape.runtime.overlap import Placed, split_collectives
 from meshtape.runtime.protocol import Instr, Program, TensorType
 from meshtape.runtime.reuse import Reuse, Sharing, reuses
 from meshtape.runtime.sharded_update import sharded_update
@@ -24,6 +25,9 @@ class Call(NamedTuple):
     `kind` is "op", "feed", "collective", or half of a collective: "start" or "wait". `many`: it returns a
     sequence of arrays. `meets` are the types of a collective's inputs (None for a scalar). `over`: what a
     collective may write over what, as (output, input) positions. `name` is for traces.
+
+    `on_device`: the kernel is for CUDA and gets the device first. `numbers` says how its Python scalars
+    arrive (see DeviceKernel). `beside`: a collective that may run beside kernels.
 
     A reduction's operands can lie in memory that the other ranks read: `lend(start)` gives such arrays, from
     byte `start` of that memory, with the function that reduces through them, or None; `lendable` are the
@@ -42,11 +46,15 @@ class Call(NamedTuple):
     over: tuple[tuple[int, int], ...] = ()
     lend: Callable[[int], tuple[Any, Callable[..., Any]] | None] | None = None
     lendable: tuple[int, ...] = ()
+    on_device: bool = False
+    numbers: str = ""
+    beside: bool = False
 
 
 class Step(NamedTuple):
     """One call in its place: operand slots (negative: scalars), slots to release after it, which outputs may
-    be written over which inputs, the step of the body that it comes from, and arrays to write outputs to.
+    be written over which inputs, the step of the body that it comes from, arrays to write outputs to, and
+    arrays that stand in for scalars, by position.
     """
 
     call: Call
@@ -56,12 +64,16 @@ class Step(NamedTuple):
     reuse: Reuse
     origin: int
     places: tuple[tuple[int, Any], ...] = ()
+    given: tuple[tuple[int, Any], ...] = ()
 
 
 class Compiled(NamedTuple):
     """A body ready to run: `external` slots are bound from the block table before the first step (`taken`
     ones leave it), `kept` slots enter it after the last, copied if `sharing` says so. Of these, `lent` ones
     lie in memory that a later program may write to.
+
+    On a device `inputs` holds what changes from run to run, and `by_value` are the scalars that kernels take
+    as they are.
     """
 
     steps: tuple[Step, ...]
@@ -71,18 +83,23 @@ class Compiled(NamedTuple):
     kept: tuple[int, ...]
     sharing: Sharing
     lent: tuple[int, ...] = ()
+    inputs: Inputs | None = None
+    by_value: tuple[int, ...] = ()
 
 
 class Site(NamedTuple):
-    """Where a program runs. `start` begins a collective of the mesh axes that `overlap` beside other work."""
+    """Where a program runs. `start` begins a collective of the mesh axes that `overlap` beside other work;
+    `device` is the CUDA device, if it is one.
+    """
 
     xp: Any
     mesh_shape: tuple[int, ...]
     coord: tuple[int, ...]
     communicators: Sequence[Any]
-    start: Callable[..., Pending] | None = None
+    start: Callable[..., Any] | None = None
     overlap: tuple[bool, ...] = ()
     reuse: bool = True
+    device: Any = None
 
 
 def local_shape(t: TensorType, site: Site) -> Shape:
@@ -91,9 +108,12 @@ def local_shape(t: TensorType, site: Site) -> Shape:
 
 def compile_program(program: Program, site: Site) -> Compiled:
     calls = [compile_instr(instr, site) for instr in program.instrs]
+    if any(site.overlap):
+        calls = [call._replace(beside=_overlaps(instr, site))
+                 for call, instr in zip(calls, program.instrs, strict=True)]
     placed, room = lend([Placed(calls[k], ins, outs, at) for at, (k, ins, outs) in enumerate(program.steps)])
-    beside = [any(site.overlap) and _overlaps(program.instrs[k], site) for k, _, _ in program.steps]
-    placed, n_slots = split_collectives(placed, program.n_slots, beside, lambda c, what: half(c, what, site))
+    placed, n_slots = split_collectives(placed, program.n_slots, [step.call.beside for step in placed],
+                                        lambda c, what: half(c, what, site))
     dead = {*program.dead, *range(program.n_slots, n_slots)}
     made: set[int] = set()
     external: dict[int, None] = {}
@@ -116,12 +136,35 @@ def compile_program(program: Program, site: Site) -> Compiled:
                            {s: shape for k, ins, _ in program.steps
                             for s, shape in zip(ins, in_shapes(program.instrs[k], site), strict=True)},
                            frozenset(room))
+    inputs, by_value = (None, ()) if site.device is None else device_inputs(placed, site.device)
     steps = tuple(Step(call, ins, outs, tuple(release[at]), found[at] if site.reuse else (), origin,
-                       tuple((k, room[s]) for k, s in enumerate(outs) if s in room))
+                       tuple((k, room[s]) for k, s in enumerate(outs) if s in room),
+                       () if inputs is None else given_numbers(call, ins, inputs))
                   for at, (call, ins, outs, origin) in enumerate(placed))
     return Compiled(
-        steps, n_slots, tuple(external), taken, kept, sharing, tuple(s for s in kept if s in room)
-    )
+        steps, n_slots, tuple(external), taken, kept, sharing, tuple(s for s in kept if s in room), inputs,
+        by_value)
+
+
+def device_inputs(placed: Sequence[Placed], device: Any) -> tuple[Inputs, tuple[int, ...]]:
+    """What is loaded for every run of a program on a device, and the scalars that are taken by value."""
+    feeds = [(step.call.shapes[0], step.call.dtypes[0]) for step in placed if step.call.kind == "feed"]
+    used = dict.fromkeys(pair for step in placed for pair in scalar_letters(step.call, step.ins))
+    wanted = [(index, letter) for index, letter in used if letter != "h"]
+    return Inputs(device, feeds, wanted), tuple(index for index, letter in used if letter == "h")
+
+
+def scalar_letters(call: Call, ins: Sequence[int]) -> list[tuple[int, str]]:
+    """(index, letter of DeviceKernel.numbers) of every scalar among the inputs."""
+    scalars = [-1 - s for s in ins if s < 0]
+    return list(zip(scalars, call.numbers or "h" * len(scalars), strict=True))
+
+
+def given_numbers(call: Call, ins: Sequence[int], inputs: Inputs) -> tuple[tuple[int, Any], ...]:
+    """The arrays that stand in for scalars, with the positions of these."""
+    positions = [i for i, s in enumerate(ins) if s < 0]
+    letters = scalar_letters(call, ins)
+    return tuple((i, inputs.numbers[pair]) for i, pair in zip(positions, letters, strict=True) if pair[1] != "h")
 
 
 def lend(placed: Sequence[Placed]) -> tuple[list[Placed], dict[int, Any]]:
@@ -185,7 +228,9 @@ def compile_instr(instr: Instr, site: Site) -> Call:
     xp = site.xp
     match instr.op:
         case "feed":
-            return Call("feed", "feed", xp.asarray, {}, None, False, dtypes, shapes)
+            # To a device, arrays are copied before the program runs: see runtime.cuda.inputs.
+            take = xp.asarray if site.device is None else lambda x: x
+            return Call("feed", "feed", take, {}, None, False, dtypes, shapes)
         case "redistribute":
             path = moves.compile_path(xp, meets[0].shape, instr.attrs[0], site.mesh_shape, site.coord,
                                       site.communicators)
@@ -215,7 +260,17 @@ def compile_instr(instr: Instr, site: Site) -> Call:
                   for t in instr.ins]
         attrs = op.local(attrs, IO(tuple(pieces), tuple(
             piece(t.shape, t.placements, site.mesh_shape, site.coord) for t in instr.outs)))
+    if site.device is not None and op.device is not None and _supported(op.device, instr, site, attrs):
+        return Call("op", op.name, op.device.run, attrs, op, op.n_out != 1, dtypes, shapes, on_device=True,
+                    numbers=op.device.numbers)
     return Call("op", op.name, op.kernel, attrs, op, op.n_out != 1, dtypes, shapes)
+
+
+def _supported(kernel: DeviceKernel, instr: Instr, site: Site, attrs: dict[str, Any]) -> bool:
+    """Whether a CUDA kernel takes what this worker holds."""
+    given = in_shapes(instr, site)
+    return kernel.supports(tuple(None if x is None else x[0] for x in given),
+                           tuple(None if x is None else x[1] for x in given), attrs)
 
 
 # Bytes of a bucket from which not copying its operands is worth the bookkeeping.

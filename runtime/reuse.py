@@ -65,7 +65,8 @@ def reuses(
             feeds.update(outs)
         elif call.kind == "start":
             pass                            # makes no array
-        elif (len(outs) > 1 and call.op is None) or (call.op is not None and call.op.takes_out):
+        elif call.kind == "fused" or (
+                len(outs) > 1 if call.op is None else call.op.takes_out):
             own.update(
                 s for s in outs if s not in lent
             )  # a bucket's results are parts of one array that do not overlap

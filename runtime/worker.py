@@ -14,6 +14,8 @@ import numpy as np
 
 import meshtape.runtime.ops  # noqa: F401  fills the op table
 from meshtape.runtime.codegen import Code, failed_step, generate
+from meshtape.runtime.cuda.beside import Beside
+from meshtape.runtime.cuda.graphs import GraphCounts, Replay
 from meshtape.runtime.errors import CommError
 from meshtape.runtime.memory import keep_pages
 from meshtape.runtime.overlap import BESIDE, Overlap, Pending
@@ -37,6 +39,7 @@ class Body:
     def __init__(self, program: Compiled) -> None:
         self.program = program
         self.code: Code | None = None
+        self.replay: Replay | None = None
         self.convert = [False] * len(program.steps)
 
 
@@ -46,19 +49,26 @@ class Worker:
     A kernel that fails makes its outputs, and what is computed from them, Poison; the batch goes on, so that
     the other ranks' collectives find a partner, and the failures travel back in the reply.
 
-    `generate=False` interprets every batch, `reuse=False` gives every result memory of its own, for
-    comparison. `overlap` names the kinds of communicators whose collectives run beside kernels.
+    `device` is the CUDA device to work on, a runtime.cuda.device.Device, or "cpu" for NumPy.
+
+    `generate=False` interprets every batch, `reuse=False` gives every result memory of its own, and
+    `graphs=False` replays nothing as a CUDA graph, for comparison. `overlap` names the kinds of communicators
+    whose collectives run beside kernels.
     """
 
     def __init__(self, rank: int, mesh_shape: Sequence[int], communicators: Sequence[Any],
-                 device: str = "cpu", *, generate: bool = True, reuse: bool = True,
+                 device: Any = "cpu", *, generate: bool = True, reuse: bool = True, graphs: bool = True,
                  overlap: Collection[str] = BESIDE) -> None:
         keep_pages()
         self.rank = rank
-        self.overlap = Overlap()
-        self.site = Site(np, tuple(mesh_shape), coordinate(rank, mesh_shape), tuple(communicators),
-                         self.overlap.start, tuple(c.kind in overlap for c in communicators), reuse)
-        self.device = device
+        self.device: Any = None if device == "cpu" else device
+        device = self.device
+        self.overlap: Any = Overlap() if device is None else Beside(device)
+        self.array = np.ndarray if device is None else device.cp.ndarray
+        self.site = Site(np if device is None else device.xp, tuple(mesh_shape), coordinate(rank, mesh_shape),
+                         tuple(communicators), self.overlap.start,
+                         tuple(c.kind in overlap for c in communicators), reuse, device)
+        self.graphs = GraphCounts() if graphs and device is not None else None
         self.blocks: dict[int, Any] = {}
         self.programs: dict[bytes, Body] = {}
         self.lent: list[int] = []           # blocks that lie in memory which later programs write to
@@ -68,6 +78,13 @@ class Worker:
 
     def run(self, run: Run) -> Reply:
         """Run one batch and answer with its failures and the fetched slices this worker owns."""
+        if self.device is None:
+            with np.errstate(all="ignore"):
+                return self._run(run)
+        with self.device.active():
+            return self._run(run)
+
+    def _run(self, run: Run) -> Reply:
         began = perf_counter_ns() if run.trace else 0
         self.spans = [] if run.trace else None
         blocks = self.blocks
@@ -75,19 +92,19 @@ class Worker:
             if type(blocks.pop(name, None)) is Poison:
                 self.poisoned -= 1
         for digest in run.drop:
-            self.programs.pop(digest, None)
+            self._drop(digest)
         if run.program is not None:
             self.programs[run.digest] = Body(compile_program(run.program, self.site))
             self._note("compile", began, "compile")
         failures: list[Failure] = []
         if run.digest:
-            with np.errstate(all="ignore"):
-                self._execute(self.programs[run.digest], run, failures)
+            self._execute(self.programs[run.digest], run, failures)
         values = [self._fetched(f) for f in run.fetch]
-        peak = getrusage(RUSAGE_SELF).ru_maxrss << 10
+        peak = getrusage(RUSAGE_SELF).ru_maxrss << 10 if self.device is None else self.device.peak()
         traffic = tuple((c.calls, c.bytes_sent) for c in self.site.communicators)
         return Reply(self.rank, run.batch, failures, values, peak,
-                     (began, perf_counter_ns() if run.trace else 0), self.spans or (), traffic)
+                     (began, perf_counter_ns() if run.trace else 0), self.spans or (), traffic,
+                     () if self.graphs is None else self.graphs.report())
 
     def _note(self, name: str, start: int, kind: str = "kernel", sent: int = 0) -> None:
         """In a traced batch: something that began at `start` is done."""
@@ -117,6 +134,8 @@ class Worker:
             if value is not None and type(value) is not Poison:
                 self.blocks[name] = self.site.xp.array(value)
         self.lent.clear()
+        if body.program.inputs is not None:
+            run = run._replace(feeds=body.program.inputs.load(run.feeds, run.scalars))
         self._perform(body, run, failures)
         self.lent += [run.ids[slot] for slot in body.program.lent]
 
@@ -125,20 +144,38 @@ class Worker:
             slots = self._bind(body.program, run)
             self._interpret(body, run, slots, 0, iter(run.feeds), failures)
             if self.generate and body.code is None and not failures and not run.trace:
-                body.code = generate(body.program, self.site.xp, body.convert)
+                body.code = generate(body.program, self.site.xp, body.convert, self.device)
+                if self.graphs is not None:
+                    body.replay = self.graphs.add(self.device, body.program, self.site.communicators)
             return
         try:
-            body.code.run(self.blocks, run.ids, run.scalars, run.feeds)
+            if body.replay is not None:
+                body.replay.run(body.code.run, self.blocks, run.ids, run.scalars, run.feeds)
+            else:
+                body.code.run(self.blocks, run.ids, run.scalars, run.feeds)
         except Exception as error:
             # Whatever a kernel raises is the user's to see, at the driver, as a value.
-            at, values = failed_step(body.code, error.__traceback__)
-            slots = [values.get(slot) for slot in range(body.program.n_slots)]
-            step = body.program.steps[at]
+            self._resume(body, run, error, failures)
+
+    def _resume(self, body: Body, run: Run, error: Exception, failures: list[Failure]) -> None:
+        """Carry on after a step of a generated function failed. Without memory it is tried once more."""
+        assert body.code is not None
+        at, values = failed_step(body.code, error.__traceback__)
+        slots = [values.get(slot) for slot in range(body.program.n_slots)]
+        step = body.program.steps[at]
+        if self._out_of_memory(error):
+            error.__traceback__ = None      # whose frames hold arrays
+            args = [slots[s] if s >= 0 else run.scalars[-1 - s] for s in step.ins]
+            self._call(body, step, at, args, slots, run.batch, failures)
+        else:
             self._fail(step, error, slots, run.batch, failures)
-            for slot in step.release:
-                slots[slot] = None
-            fed = sum(s.call.kind == "feed" for s in body.program.steps[:at + 1])
-            self._interpret(body, run, slots, at + 1, iter(run.feeds[fed:]), failures)
+        for slot in step.release:
+            slots[slot] = None
+        fed = sum(s.call.kind == "feed" for s in body.program.steps[:at + 1])
+        self._interpret(body, run, slots, at + 1, iter(run.feeds[fed:]), failures)
+
+    def _out_of_memory(self, error: Exception) -> bool:
+        return self.device is not None and self.device.is_out_of_memory(error)
 
     def _bind(self, program: Compiled, run: Run) -> list[Any]:
         """All slots, the external ones filled from the block table."""
@@ -166,6 +203,8 @@ class Worker:
             else:
                 self._call(body, step, at, args, slots, run.batch, failures)
             if run.trace:
+                if self.device is not None:
+                    self.device.synchronize()
                 self._trace(step, args, start_ns, before)
             for slot in step.release:
                 slots[slot] = None
@@ -179,21 +218,40 @@ class Worker:
 
     def _call(self, body: Body, step: Step, at: int, args: list[Any], slots: list[Any], batch: int,
               failures: list[Failure]) -> None:
-        call = step.call
         try:
-            result = (
-                call.function(*args) if call.op is None else call.function(self.site.xp, *args, **call.attrs)
-            )
-            for slot, dtype, value in zip(
-                step.outs, call.dtypes, result if call.many else (result,), strict=True
-            ):
-                if dtype is not None and (type(value) is not np.ndarray or value.dtype is not dtype):
-                    body.convert[at] = True
-                    value = self.site.xp.asarray(value, dtype)
-                slots[slot] = value
+            self._results(body, step, at, self._apply(step, args), slots)
         except Exception as error:
             # Whatever a kernel raises is the user's to see, at the driver, as a value.
             self._fail(step, error, slots, batch, failures)
+
+    def _apply(self, step: Step, args: list[Any]) -> Any:
+        """Call a step's function; a second time, after giving back what is unused, if memory is short."""
+        call = step.call
+        for i, array in step.given:
+            args[i] = array
+        if call.op is not None:
+            args = [self.device if call.on_device else self.site.xp, *args]
+        try:
+            return call.function(*args, **call.attrs)
+        except Exception as error:
+            if not self._out_of_memory(error):
+                raise
+        device: Any = self.device
+        device.give_back()
+        try:
+            return call.function(*args, **call.attrs)
+        except Exception as error:
+            if not self._out_of_memory(error):
+                raise
+            raise MemoryError(device.shortage(call.name, call.shapes, call.dtypes, self.blocks)) from None
+
+    def _results(self, body: Body, step: Step, at: int, result: Any, slots: list[Any]) -> None:
+        found = result if step.call.many else (result,)
+        for slot, dtype, value in zip(step.outs, step.call.dtypes, found, strict=True):
+            if dtype is not None and (type(value) is not self.array or value.dtype is not dtype):
+                body.convert[at] = True
+                value = self.site.xp.asarray(value, dtype)
+            slots[slot] = value
 
     def _fail(self, step: Step, error: Exception, slots: list[Any], batch: int,
               failures: list[Failure]) -> None:
@@ -216,11 +274,20 @@ class Worker:
         if not is_owner(fetch.type.placements, self.site.coord):
             return None
         value = self.blocks[fetch.id]
+        if type(value) is Poison:
+            return None
         # A copy: the next batch may write over the block before the driver has read the reply.
-        return None if type(value) is Poison else self.site.xp.array(value)
+        return np.array(value) if self.device is None else value.get()
+
+    def _drop(self, digest: bytes) -> None:
+        body = self.programs.pop(digest, None)
+        if body is not None and body.replay is not None:
+            body.replay.drop()
 
     def close(self) -> None:
         self.overlap.close()
+        for digest in list(self.programs):
+            self._drop(digest)
         self.blocks.clear()
         self.programs.clear()
         for comm in self.site.communicators:

@@ -48,6 +48,7 @@ class Inflight:
         self._unwanted: set[int] = set()
         self.peaks = [0] * mesh.size        # bytes, by rank
         self.traffic: list[Sequence[tuple[int, int]]] = [()] * mesh.size    # (calls, bytes) by rank and axis
+        self.graphs: list[Sequence[Any]] = [()] * mesh.size     # (captured, replays, reasons) by rank
         self.tracer: Tracer | None = None
 
     def add(self, batch: int, sent: Sent) -> None:
@@ -85,6 +86,7 @@ class Inflight:
             return
         self.peaks[reply.rank] = reply.peak
         self.traffic[reply.rank] = reply.traffic
+        self.graphs[reply.rank] = reply.graphs
         if self.tracer is not None:
             self.tracer.driver("wait", start)
             self.tracer.replied(reply)

@@ -25,9 +25,11 @@ class Communicator(ABC):
 
     `calls` counts the verbs that ended well, `bytes_sent` the payload they moved from this rank to others:
     2 (n - 1)/n of an all-reduced array, everybody else's parts of a reduce-scatter, the own part n - 1 times
-    in an all-gather, likewise a broadcast at its root.
+    in an all-gather, likewise a broadcast at its root. `capturable`: whether verbs can be part of a CUDA
+    graph, since all they do is put work on the current stream.
     """
 
+    capturable: bool = False
     rank: int
     size: int
     kind: str

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 from meshtape.runtime.cuda.libraries import Libraries
 from meshtape.runtime.cuda.source import Kernels
+
+MIB = 1 << 20
+# Tensors that an out-of-memory error names.
+LARGEST = 5
 
 
 class Device:
@@ -29,11 +34,14 @@ class Device:
         self.xp: Any = cp
         self.blas: Any = None
         self.dnn: Any = None
+        self.capturing = False      # whether a CUDA graph is being recorded
+        self._peak = 0
         with self.handle:
             self.stream = cp.cuda.Stream(non_blocking=True)
-            self.pool = cp.cuda.MemoryPool()
-            if memory_fraction is not None:
-                self.pool.set_limit(fraction=memory_fraction)
+            total = cp.cuda.runtime.memGetInfo()[1]
+            self.limit = 0 if memory_fraction is None else int(memory_fraction * total)
+            self._pools: WeakSet[Any] = WeakSet()
+            self.pool = self.new_pool()
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -44,3 +52,44 @@ class Device:
     def synchronize(self) -> None:
         """Wait for all work that was begun."""
         self.stream.synchronize()
+
+    # -- memory
+
+    def new_pool(self) -> Any:
+        """A memory pool that keeps, together with the others of this device, to the limit."""
+        pool = self.cp.cuda.MemoryPool()
+        if self.limit:
+            pool.set_limit(size=max(1, self.limit - self.held()))
+        self._pools.add(pool)
+        return pool
+
+    def held(self) -> int:
+        """Bytes that this worker holds on the device, used or not."""
+        return sum(pool.total_bytes() for pool in self._pools)
+
+    def peak(self) -> int:
+        """The most bytes that were held at the end of a batch."""
+        self._peak = max(self._peak, self.held())
+        return self._peak
+
+    def give_back(self) -> None:
+        """Return unused memory to the device."""
+        self.synchronize()
+        self.pool.free_all_blocks()
+
+    def is_out_of_memory(self, error: Exception) -> bool:
+        return isinstance(error, self.cp.cuda.memory.OutOfMemoryError)
+
+    def shortage(self, name: str, shapes: Sequence[Any], dtypes: Sequence[Any],
+                 blocks: Mapping[int, Any]) -> str:
+        """What to tell the user when `name` got no memory for its results: who holds it, and what to do."""
+        with self.handle:
+            free, total = self.cp.cuda.runtime.memGetInfo()
+        made = " and ".join(f"{dtype} {tuple(shape)}" for shape, dtype in zip(shapes, dtypes, strict=True))
+        arrays = sorted((b for b in blocks.values() if hasattr(b, "nbytes")), key=lambda b: -b.nbytes)
+        held = ", ".join(f"{b.dtype} {tuple(b.shape)} {b.nbytes / MIB:.1f} MiB" for b in arrays[:LARGEST])
+        limit = f", of which this worker may use {self.limit / MIB:.0f}" if self.limit else ""
+        return (f"{name}: the device has no memory for its result ({made}); {free / MIB:.0f} of "
+                f"{total / MIB:.0f} MiB are free{limit}, this worker holds {self.held() / MIB:.0f} MiB, "
+                f"{self.pool.used_bytes() / MIB:.0f} in use. Largest of {len(arrays)} live tensors: "
+                f"{held or 'none'}. Use a smaller batch, delete tensors, checkpoint() or shard the model")

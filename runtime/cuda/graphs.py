@@ -1,0 +1,230 @@
+"""Programs replayed as CUDA graphs.
+
+A program that runs for the third time is captured: it runs once more, with nothing done on the device but
+its launches noted, and from then on a single call replays them. What a graph reads and writes stands at
+addresses that stay:
+
+* Blocks that stood at the same place in the two runs before (parameters and states, which are updated in
+  place) are read and written where they are.
+* Blocks that moved are copied, before each replay, to where they were in the capture.
+* Fed arrays and Python numbers are loaded into the program's own memory (runtime.cuda.inputs).
+* Everything else comes from a memory pool of the graph's own. Results that the program keeps there are copied
+  to memory of their own after each replay.
+
+A program is not captured when something in it cannot be: a collective that goes through the host, a kernel
+that waits for the device or reads its memory, numbers that kernels take by value and that keep changing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+# Copies of blocks that move are worth it up to so many bytes per replay.
+MOVED_BYTES = 64 << 20
+# So much may be copied out of a graph's memory after each replay: bytes, and arrays.
+KEPT_BYTES, KEPT_ARRAYS = 64 << 20, 64
+# A program whose blocks keep moving is captured at most so often.
+CAPTURES = 4
+# Runs of a body before it is captured, of those that the generated function does.
+RUNS_BEFORE = 2
+
+
+class CaptureError(RuntimeError):
+    """Something was asked for that a CUDA graph cannot do."""
+
+
+class Spot(NamedTuple):
+    """Where an array stands: equal spots can stand in for each other in a graph."""
+
+    address: int
+    strides: tuple[int, ...]
+
+
+def spot(array: Any) -> Spot:
+    return Spot(array.data.ptr, array.strides)
+
+
+def refusal(steps: Sequence[Any], capturable: Sequence[bool]) -> str:
+    """Why a program cannot be captured, as far as its steps tell; "" if nothing speaks against it.
+
+    capturable[axis]: whether collectives along a mesh axis can be part of a graph.
+    """
+    if not any(step.call.kind not in ("feed",) for step in steps):
+        return "nothing to run"
+    for step in steps:
+        if step.call.kind in ("collective", "start") and not all(capturable):
+            return f"{step.call.name} goes through the host"
+    return ""
+
+
+def moved(before: Sequence[Spot], now: Sequence[Spot]) -> tuple[int, ...]:
+    """Positions whose arrays stand elsewhere than in the run before."""
+    return tuple(k for k, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
+
+
+class Captured(NamedTuple):
+    """A graph with the arrays that it reads and writes; positions are those of the program's external slots.
+    """
+
+    graph: Any
+    pool: Any
+    spots: tuple[Spot, ...]
+    buffers: Mapping[int, Any]              # by position: where arrays that move are copied to
+    numbers: tuple[str, ...]                # by value
+    kept: tuple[tuple[int, Any, bool], ...]     # (slot, array, whether it stands in the graph's memory)
+
+
+class Replay:
+    """One program's way from running step by step to being replayed. `reason`: why it is not, or ""."""
+
+    def __init__(self, device: Any, program: Any, capturable: Sequence[bool]) -> None:
+        self.device = device
+        self.program = program
+        self.reason = refusal(program.steps, capturable)
+        self.replays = 0
+        self.captured: Captured | None = None
+        self._captures = self._changes = 0
+        self._runs = 0
+        self._moving: set[int] = set()
+        self._spots: tuple[Spot, ...] | None = None
+        self._numbers: tuple[str, ...] = ()
+
+    def run(self, code: Callable[..., None], blocks: dict[int, Any], ids: Sequence[int],
+            scalars: Sequence[Any], feeds: Sequence[Any]) -> None:
+        """Do what `code(blocks, ids, scalars, feeds)` does, by the graph where there is one."""
+        if self.reason:
+            code(blocks, ids, scalars, feeds)
+            return
+        arrays = [blocks[ids[slot]] for slot in self.program.external]
+        spots = tuple(map(spot, arrays))
+        numbers = tuple(repr(scalars[k]) for k in self.program.by_value)
+        if self.captured is None or not self._fits(spots, numbers):
+            self._settle(spots, numbers, arrays)
+            if self.reason or not self._due(spots, numbers):
+                self._runs += 1
+                self._spots, self._numbers = spots, numbers
+                code(blocks, ids, scalars, feeds)
+                return
+            self._capture(code, blocks, ids, scalars, feeds, arrays)
+            if self.captured is None:
+                code(blocks, ids, scalars, feeds)
+                return
+        self._launch(blocks, ids, arrays)
+
+    def _fits(self, spots: Sequence[Spot], numbers: tuple[str, ...]) -> bool:
+        made = self.captured
+        assert made is not None
+        if spots == made.spots and numbers == made.numbers:
+            return True
+        return numbers == made.numbers and all(k in made.buffers for k in moved(made.spots, spots))
+
+    def _settle(self, spots: tuple[Spot, ...], numbers: tuple[str, ...], arrays: Sequence[Any]) -> None:
+        """Note what moved since the run before, and give up on what keeps changing."""
+        before, self._spots = self._spots, spots
+        if self.captured is not None:
+            before = self.captured.spots
+            self.drop()
+        if before is not None:
+            self._moving.update(moved(before, spots))
+        self._changes += numbers != self._numbers
+        if self._changes > CAPTURES:
+            self.reason = "kernels take numbers by value that keep changing"
+        elif self._captures >= CAPTURES:
+            self.reason = "the blocks it reads keep moving"
+        elif sum(arrays[k].nbytes for k in self._moving) > MOVED_BYTES:
+            self.reason = f"over {MOVED_BYTES >> 20} MiB of what it reads stand elsewhere in every run"
+
+    def _due(self, spots: tuple[Spot, ...], numbers: tuple[str, ...]) -> bool:
+        return self._runs + 1 >= RUNS_BEFORE and numbers == self._numbers
+
+    def _launch(self, blocks: dict[int, Any], ids: Sequence[int], arrays: Sequence[Any]) -> None:
+        made = self.captured
+        assert made is not None
+        for k, buffer in made.buffers.items():
+            if arrays[k].data.ptr != buffer.data.ptr:
+                buffer[...] = arrays[k]
+        made.graph.launch(self.device.stream)
+        for slot in self.program.taken:
+            blocks.pop(ids[slot], None)
+        for slot, array, own in made.kept:
+            blocks[ids[slot]] = array.copy(order="K") if own else array
+        self.replays += 1
+
+    def _capture(self, code: Callable[..., None], blocks: dict[int, Any], ids: Sequence[int],
+                 scalars: Sequence[Any], feeds: Sequence[Any], arrays: Sequence[Any]) -> None:
+        """Capture a run on a copy of the block table; on failure `reason` says why, and nothing has changed.
+        """
+        cuda, external = self.device.cp.cuda, self.program.external
+        self._captures += 1
+        self.device.synchronize()
+        self.device.pool.free_all_blocks()
+        pool = self.device.new_pool()
+        table = dict(blocks)
+        with cuda.using_allocator(pool.malloc):
+            buffers = {k: arrays[k].copy(order="K") for k in sorted(self._moving)}
+        for k, buffer in buffers.items():
+            table[ids[external[k]]] = buffer
+        graph = self._record(code, table, ids, scalars, feeds, pool)
+        if graph is None:
+            return
+        fixed = {a.data.ptr for k, a in enumerate(arrays) if k not in buffers}
+        kept = tuple((slot, a, a.data.ptr not in fixed)
+                     for slot, a in ((slot, table[ids[slot]]) for slot in self.program.kept))
+        own = [a.nbytes for _, a, inside in kept if inside]
+        if sum(own) > KEPT_BYTES or len(own) > KEPT_ARRAYS:
+            self.reason = f"it keeps {len(own)} results of {sum(own) >> 20} MiB together in every run"
+            return
+        self.captured = Captured(graph, pool, tuple(spot(buffers.get(k, a)) for k, a in enumerate(arrays)),
+                                 buffers, self._numbers, kept)
+
+    def _record(self, code: Callable[..., None], table: dict[int, Any], ids: Sequence[int],
+                scalars: Sequence[Any], feeds: Sequence[Any], pool: Any) -> Any:
+        """The graph of a run, or None, and then `reason` says why."""
+        device, failed = self.device, ""
+        device.capturing = True
+        device.stream.begin_capture()
+        try:
+            with device.cp.cuda.using_allocator(pool.malloc):
+                code(table, ids, scalars, feeds)
+        except Exception as error:
+            # Whatever a kernel raises: the program runs uncaptured then, where a real error shows again.
+            failed = f"{type(error).__name__}: {error}"
+        finally:
+            device.capturing = False
+            graph, problem = self._end()
+        if failed or problem:
+            self.reason = f"it cannot be captured ({failed or problem})"
+            return None
+        return graph
+
+    def _end(self) -> tuple[Any, str]:
+        """The graph, or None and why there is none: the device refused something that was asked of it."""
+        try:
+            return self.device.stream.end_capture(), ""
+        except self.device.cp.cuda.runtime.CUDARuntimeError as error:
+            return None, str(error)
+
+    def drop(self) -> None:
+        """Give the graph up, once the device is done with it."""
+        if self.captured is not None:
+            self.device.synchronize()
+            self.captured = None
+
+
+class GraphCounts:
+    """The replays of one worker's programs, as far as they are worth telling."""
+
+    def __init__(self) -> None:
+        self._all: list[Replay] = []
+
+    def add(self, device: Any, program: Any, communicators: Sequence[Any]) -> Replay:
+        made = Replay(device, program, [c.size == 1 or c.capturable for c in communicators])
+        self._all.append(made)
+        return made
+
+    def report(self) -> tuple[Any, ...]:
+        """(programs captured, replays done, reasons why programs are not captured)."""
+        reasons = dict.fromkeys(made.reason for made in self._all if made.reason)
+        return (sum(made.captured is not None for made in self._all), sum(made.replays for made in self._all),
+                tuple(reasons))
