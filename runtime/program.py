@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from math import prod
 from typing import Any, NamedTuple
@@ -163,8 +164,8 @@ def scalar_letters(call: Call, ins: Sequence[int]) -> list[tuple[int, str]]:
 def given_numbers(call: Call, ins: Sequence[int], inputs: Inputs) -> tuple[tuple[int, Any], ...]:
     """The arrays that stand in for scalars, with the positions of these."""
     positions = [i for i, s in enumerate(ins) if s < 0]
-    letters = scalar_letters(call, ins)
-    return tuple((i, inputs.numbers[pair]) for i, pair in zip(positions, letters, strict=True) if pair[1] != "h")
+    return tuple((i, inputs.numbers[pair])
+                 for i, pair in zip(positions, scalar_letters(call, ins), strict=True) if pair[1] != "h")
 
 
 def lend(placed: Sequence[Placed]) -> tuple[list[Placed], dict[int, Any]]:
@@ -313,9 +314,13 @@ def compile_update(instr: Instr, site: Site) -> Call:
     name, attrs, axis, dims = instr.attrs
     op = lookup(name)
     ins = [None if t is None else local_shape(t, site) for t in instr.ins]
+    values, numbers = op.unpack(attrs), ""
+    kernel = partial(op.kernel, site.xp)
+    if site.device is not None and op.device is not None and _supported(op.device, instr, site, values):
+        kernel, numbers = partial(op.device.run, site.device), op.device.numbers
 
     def make(via: Any = None) -> Any:
-        return sharded_update(site.xp, op, op.unpack(attrs), dims, site.communicators[axis], ins, via)
+        return sharded_update(site.xp, op, kernel, values, dims, site.communicators[axis], ins, via)
 
     run, over = make()
     first = ins.count(None) + len(dims)
@@ -326,7 +331,8 @@ def compile_update(instr: Instr, site: Site) -> Call:
     return Call("collective", f"sharded {name}", run, {}, None, True,
                 tuple(canonical(t.dtype) for t in instr.outs),
                 tuple(local_shape(t, site) for t in instr.outs), instr.ins, over,
-                lender(site, axis, shapes, canonical(kind.dtype), lambda via: make(via)[0]), addends)
+                lender(site, axis, shapes, canonical(kind.dtype), lambda via: make(via)[0]), addends,
+                numbers=numbers)
 
 
 def placeholder(t: TensorType, site: Site) -> Any:

@@ -16,10 +16,12 @@ from meshtape.runtime.shards import Shape, split
 Update = Callable[..., list[Any]]
 
 
-def sharded_update(xp: Any, op: Op, attrs: dict[str, Any], dims: Sequence[int], comm: Any,
+def sharded_update(xp: Any, op: Op, kernel: Callable[..., Any], attrs: dict[str, Any], dims: Sequence[int], comm: Any,
                    shapes: Sequence[Shape | None],
                    via: Any = None) -> tuple[Update, tuple[tuple[int, int], ...]]:
     """The function of a sharded update, and what it may write over what, as (output, input) positions.
+
+    kernel: that of `op`, with the array module or the device as its first argument bound.
 
     Inputs are those of `op` (scalars, n parameters, n gradients, states), outputs n new parameters and the
     new states. Parameters with dims[k] >= 0 and their outputs are whole, their gradients addends, and their
@@ -33,7 +35,7 @@ def sharded_update(xp: Any, op: Op, attrs: dict[str, Any], dims: Sequence[int], 
     keys = [_own(shape, dim, comm) for shape, dim in zip(wholes, cuts, strict=True)]
     assert op.over is not None
     over = tuple(op.over(len(shapes), attrs))
-    kernel, grads = op.kernel, scalars + n
+    grads = scalars + n
     room: list[Any] = []                # for the reduced gradients, the same in every run
 
     def run(*given: Any, out: Sequence[Any] | None = None) -> list[Any]:
@@ -51,7 +53,7 @@ def sharded_update(xp: Any, op: Op, attrs: dict[str, Any], dims: Sequence[int], 
             args[scalars + k] = targets[k] = new[key]
             args[grads + k] = reduced
         try:
-            results = list(kernel(xp, *args, out=tuple(targets), **attrs))
+            results = list(kernel(*args, out=tuple(targets), **attrs))
             for k in split_ones:
                 if results[k] is not targets[k]:
                     targets[k][...] = results[k]
