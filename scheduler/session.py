@@ -20,7 +20,7 @@ from meshtape.runtime.errors import MeshError, SessionClosed
 from meshtape.runtime.protocol import Fetch, Instr, Run
 from meshtape.runtime.shards import REPLICATE, Placements, is_partial, piece
 from meshtape.scheduler.body import Body, assemble
-from meshtape.scheduler.cost import CPU, LINKS
+from meshtape.scheduler.cost import CPU, GPU, LINKS
 from meshtape.scheduler.inflight import Inflight, Sent
 from meshtape.scheduler.interrupt import Whole
 from meshtape.scheduler.layout import Axes, Spec
@@ -29,6 +29,7 @@ from meshtape.scheduler.sites import Site, user_site
 from meshtape.scheduler.trace import Tracer
 
 PENDING_LIMIT = 1024        # instructions after which a batch is sent unasked
+PENDING_LIMIT_GPU = 1 << 14  # the same for GPUs, which replay a whole step as one graph
 IN_FLIGHT = 8               # batches sent and not yet answered
 ANSWER_EVERY = 4            # batches of which one is answered though nothing is fetched: a driver that wakes
                             # takes the processor from a worker
@@ -91,13 +92,16 @@ class Session:
         self.mesh = mesh
         self.axes = Axes(tuple(mesh.names), tuple(mesh.shape))
         links = [LINKS[k] for k in mesh.links]
-        self.planner = Planner(self.axes, links, CPU)
+        gpus = all(device != "cpu" for device in mesh.devices)
+        self.limit = PENDING_LIMIT_GPU if gpus else PENDING_LIMIT
+        self.planner = Planner(self.axes, links, GPU if gpus else CPU)
         self.specs = self.planner.specs
         self.plans = self.planner.plans
         self.weak = {**self.specs.weak, Draw: self.specs.weak[int]}
         self.closed = False
         self.thread = get_ident()           # the one thread that may use this session
         self.grad_enabled = True
+        self.precision = "highest"          # of products of float32: see runtime.protocol.Program
         self.site: Site | None = None       # set while the tape or an optimizer records on the user's behalf
         self.seed = 0
         self.draws = 0
@@ -161,7 +165,7 @@ class Session:
         self.body += entry
         sites = self.sites
         sites.append(site)
-        if len(sites) >= PENDING_LIMIT:
+        if len(sites) >= self.limit:
             self.flush()
         return blocks
 
@@ -214,7 +218,7 @@ class Session:
             self.body += recording.pick(values)
             sites = self.sites
             sites += [site] * recording.steps
-            if len(sites) >= PENDING_LIMIT:
+            if len(sites) >= self.limit:
                 self.flush()
         return blocks
 
@@ -345,7 +349,7 @@ class Session:
 
     def _body(self, dead: tuple[int, ...]) -> Body:
         """The body of the pending batch."""
-        key = (tuple(self.body), dead)
+        key = (tuple(self.body), dead, self.precision)
         found = self._bodies.get(key)
         if found is not None:
             if self.last is None or found is not self.last.body:        # else it is at the end
@@ -360,6 +364,7 @@ class Session:
             self.planner.number,
             self.planner.links,
             self.axes.shape,
+            self.precision,
         )
         self._bodies[key] = body
         if len(self._bodies) > BODIES:
