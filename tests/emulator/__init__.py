@@ -1,0 +1,59 @@
+"""A strict stand-in for CuPy over NumPy memory: what runs here uses only what CuPy 14 has, as CuPy has it.
+
+libraries()   the libraries of one emulated device, for runtime.cuda.device.Device
+device()      a Device on them
+work(f)       do a piece of device work, or record it in the capture of the current stream
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from functools import lru_cache
+from types import ModuleType
+from typing import Any
+
+from emulator.memory import check, set_device_memory
+from emulator.streams import SYNCHRONISATIONS, work
+
+__all__ = ["SYNCHRONISATIONS", "check", "device", "libraries", "set_device_memory", "work"]
+
+
+@lru_cache(maxsize=1)
+def libraries() -> Any:
+    """The emulated libraries, as runtime.cuda.libraries.Libraries; the same object every time."""
+    from meshtape.runtime.cuda.libraries import Libraries
+    cupy = module()
+    nccl, cudnn, cublas = part("nccl"), part("cudnn"), part("cublas")
+    cupy.cuda.nccl = nccl
+    return Libraries(cupy, None if cublas is None else cublas.Cublas(), nccl, cudnn=cudnn)
+
+
+def part(name: str) -> Any:
+    """The module emulator.<name>, which stands for a library, or None where it is not there."""
+    if importlib.util.find_spec(f"emulator.{name}") is None:
+        return None
+    return importlib.import_module(f"emulator.{name}")
+
+
+def device(**options: Any) -> Any:
+    """A Device on the emulated libraries."""
+    from meshtape.runtime.cuda.device import Device
+    return Device(libraries(), **options)
+
+
+def module() -> Any:
+    """The emulated module `cupy`."""
+    from emulator import functions, methods, runtime
+    from emulator.array import ndarray
+    from emulator.ufuncs import UFUNCS, ufunc
+    cupy: Any = ModuleType("cupy")
+    cupy.__dict__.update(functions.table())
+    cupy.__dict__.update(UFUNCS)
+    methods.install(cupy.__dict__)
+    cupy.ndarray, cupy.ufunc, cupy.cuda = ndarray, ufunc, runtime.cuda()
+    cupy.get_default_memory_pool = lambda: runtime.LOCAL.allocator.default
+    modules = part("modules")
+    if modules is not None:
+        cupy.RawModule = modules.RawModule
+    return cupy

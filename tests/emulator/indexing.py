@@ -1,0 +1,120 @@
+"""Reading and writing parts of device arrays, with CuPy's rules: indices out of range wrap around."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from emulator import streams
+from emulator.array import ndarray, run, run_into
+
+
+def prepare(key: Any) -> tuple[tuple[Any, ...], bool]:
+    """The key with lists and host arrays as NumPy index arrays, and whether a boolean mask is in it."""
+    parts = list(key) if isinstance(key, tuple) else [key]
+    masked = False
+    for i, s in enumerate(parts):
+        if s is None or s is Ellipsis:
+            continue
+        if isinstance(s, slice):
+            parts[i] = slice(*(None if v is None else index(v) for v in (s.start, s.stop, s.step)))
+            continue
+        if isinstance(s, ndarray):
+            a = s._a
+        elif np.isscalar(s) and not isinstance(s, (bool, np.bool_)):
+            parts[i] = index(s)
+            continue
+        else:
+            streams.forbidden("an index that lies on the host")
+            a = np.asarray(s)
+            if isinstance(s, (list, tuple)) and not a.size:
+                a = a.astype(np.int32)
+        if a.dtype.kind not in "biu":
+            raise IndexError(f"arrays used as indices must be of integer or boolean type. (actual: {a.dtype})")
+        masked = masked or a.dtype.kind == "b"
+        parts[i] = a
+    return tuple(parts), masked
+
+
+def index(x: Any) -> int:
+    if isinstance(x, ndarray):
+        streams.synchronises("an index on the device")
+        return int(x._a)
+    if isinstance(x, (float, np.floating)):
+        raise IndexError("only integers, slices, ellipsis, None and integer or boolean arrays are valid indices")
+    return int(x)
+
+
+def wrapped(a: np.ndarray[Any, Any], parts: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Index arrays taken modulo the length of the axis that they index."""
+    def axes(s: Any) -> int:
+        return s.ndim if isinstance(s, np.ndarray) and s.dtype.kind == "b" else 1
+
+    used = sum(axes(s) for s in parts if s is not None and s is not Ellipsis)
+    axis, out = 0, []
+    for s in parts:
+        if s is None:
+            out.append(s)
+            continue
+        if s is Ellipsis:
+            out.append(s)
+            axis += a.ndim - used
+            continue
+        if isinstance(s, np.ndarray) and s.dtype.kind in "iu" and axis < a.ndim and a.shape[axis]:
+            s = s % a.shape[axis]
+        out.append(s)
+        axis += axes(s)
+    return tuple(out)
+
+
+def getitem(x: ndarray, key: Any) -> Any:
+    parts, masked = prepare(key)
+    if not any(isinstance(s, np.ndarray) for s in parts):
+        found = x._a[(*parts, Ellipsis) if Ellipsis not in parts else parts]
+        return ndarray._view(found, x)
+    if masked:
+        streams.synchronises("indexing with a mask")
+    return run(lambda a: np.array(a[wrapped(a, parts)]), x)
+
+
+def setitem(x: ndarray, key: Any, value: Any) -> None:
+    parts, masked = prepare(key)
+    arrays = [s for s in parts if isinstance(s, np.ndarray)]
+    if isinstance(value, np.ndarray):
+        everything = isinstance(key, slice) and key == slice(None)
+        if everything and value.dtype == x.dtype and value.shape == x.shape:
+            x.set(value)
+            return
+        raise TypeError(f"Unsupported type {type(value)}: an array of the host cannot be set here")
+    if not isinstance(value, (ndarray, np.generic, int, float, complex, bool)):
+        raise TypeError(f"Unsupported type {type(value)}")
+    if masked and len(arrays) > 1:
+        streams.synchronises("setting by a mask and other indices")
+    elif masked and isinstance(value, ndarray) and value.ndim > 0 and value.size > 1:
+        mask = arrays[0]
+        if value.ndim > x.ndim - mask.ndim or value.shape != x.shape[mask.ndim:]:
+            streams.synchronises("setting by a mask from an array")
+    if not arrays:
+        full = x._a[(*parts, Ellipsis) if Ellipsis not in parts else parts].shape
+        given = value.shape if isinstance(value, ndarray) else ()
+        while len(given) > len(full) and given[0] == 1:
+            given = given[1:]
+        if np.broadcast_shapes(full, given) != full:
+            raise ValueError(f"could not broadcast input array from shape {given} into shape {full}")
+
+    def put(a: Any, v: Any) -> None:
+        a[wrapped(a, parts)] = v
+
+    run_into(put, [x], x, value)
+
+
+def scatter(function: Any, name: str, x: ndarray, key: Any, value: Any) -> None:
+    """function.at(x, key, value), for the dtypes that have atomics."""
+    kinds = {"cupy_add": "iILQlqefdFD"}.get(name, "iILQlqfd")
+    if x.dtype.char not in kinds:
+        raise TypeError(f"{name}.at only supports int32, float16, float32, float64, int64, uint32, uint64, complex; "
+                        f"not {x.dtype}")
+    parts, masked = prepare(key)
+    if masked:
+        streams.synchronises("scatter by a mask")
+    run_into(lambda a, v: function.at(a, wrapped(a, parts), v), [x], x, value)
