@@ -10,6 +10,7 @@ import importlib
 from typing import Any
 
 from meshtape import methods as _methods
+from meshtape.amp import get_float32_matmul_precision, set_float32_matmul_precision
 from meshtape.autograd import Tensor, checkpoint, grad
 from meshtape.contraction import *  # noqa: F403
 from meshtape.creation import *  # noqa: F403

@@ -37,13 +37,15 @@ class Program(NamedTuple):
 
     `steps` holds (index into instrs, input slots, output slots). Slots count up in order of first use; a
     negative input slot -(k + 1) is scalar k of the Run. `dead` are the slots whose tensors the user can no
-    longer reach when the batch ends.
+    longer reach when the batch ends. `precision` says how products of float32 are computed: "highest" in
+    float32, "high" with TF32 where a device has it, "medium" with less.
     """
 
     instrs: tuple[Instr, ...]
     steps: tuple[tuple[int, tuple[int, ...], tuple[int, ...]], ...]
     n_slots: int
     dead: tuple[int, ...]
+    precision: str = "highest"
 
 
 class Fetch(NamedTuple):
@@ -123,11 +125,11 @@ class Reply(NamedTuple):
 
 def program_from_wire(data: Any) -> Program:
     """Rebuild a Program from nested lists (msgpack turns tuples into lists)."""
-    instrs, steps, n_slots, dead = data
+    instrs, steps, n_slots, dead, precision = data
     return Program(
         tuple(Instr(op, freeze(attrs), tuple(None if t is None else type_from_wire(t) for t in ins),
                     tuple(type_from_wire(t) for t in outs)) for op, attrs, ins, outs in instrs),
-        tuple((k, tuple(i), tuple(o)) for k, i, o in steps), n_slots, tuple(dead))
+        tuple((k, tuple(i), tuple(o)) for k, i, o in steps), n_slots, tuple(dead), precision)
 
 
 def type_from_wire(data: Any) -> TensorType:

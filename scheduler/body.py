@@ -34,7 +34,7 @@ class Body(NamedTuple):
 
 def assemble(recorded: Sequence[int], instrs: Sequence[Instr], n_slots: int, dead: tuple[int, ...],
              temporary: Sequence[int], number: Callable[[Instr], int], links: Sequence[Link],
-             mesh_shape: Sequence[int]) -> Body:
+             mesh_shape: Sequence[int], precision: str = "highest") -> Body:
     """The body of a recorded batch, its reductions merged and bucketed where there is more than one worker,
     and begun early where they can run beside kernels.
     """
@@ -50,7 +50,7 @@ def assemble(recorded: Sequence[int], instrs: Sequence[Instr], n_slots: int, dea
             steps = hoist(steps, instrs, overlaps)
     numbers = {n: k for k, n in enumerate(dict.fromkeys(s.number for s in steps))}
     program = Program(tuple(instrs[n] for n in numbers),
-                      tuple((numbers[s.number], s.ins, s.outs) for s in steps), n_slots, dead)
+                      tuple((numbers[s.number], s.ins, s.outs) for s in steps), n_slots, dead, precision)
     digest = hashlib.blake2b(msgpack.packb(program), digest_size=16).digest()
     types: dict[int, TensorType] = {}
     external: dict[int, None] = {}
