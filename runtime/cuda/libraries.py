@@ -8,7 +8,8 @@ from meshtape.runtime.errors import MeshError
 
 
 class Libraries(NamedTuple):
-    """`cupy` is CuPy itself, `cublas` our binding of cuBLAS (runtime.cuda.cublas), `nccl` is cupy.cuda.nccl.
+    """`cupy` is CuPy itself, `cublas` our binding of cuBLAS (runtime.cuda.cublas), `special` is
+    cupyx.scipy.special, `nccl` is cupy.cuda.nccl.
 
     None where they are not installed: `cublaslt` (nvmath.bindings.cublasLt), `cudnn` (the cuDNN frontend),
     `nccl`.
@@ -16,6 +17,7 @@ class Libraries(NamedTuple):
 
     cupy: Any
     cublas: Any
+    special: Any
     nccl: Any = None
     cublaslt: Any = None
     cudnn: Any = None
@@ -29,6 +31,7 @@ def load() -> Libraries:
         raise MeshError(f"no GPU can be used here: {reason}; run `meshtape doctor` for what to install")
     import cupy
     from cupy.cuda import nccl
+    from cupyx.scipy import special
 
     from meshtape.runtime.cuda import cublas
-    return Libraries(cupy, cublas.load(cupy), nccl if nccl.available else None)
+    return Libraries(cupy, cublas.load(), special, nccl if nccl.available else None)

@@ -23,10 +23,11 @@ __all__ = ["SYNCHRONISATIONS", "check", "device", "libraries", "set_device_memor
 def libraries() -> Any:
     """The emulated libraries, as runtime.cuda.libraries.Libraries; the same object every time."""
     from meshtape.runtime.cuda.libraries import Libraries
+    from emulator import special
     cupy = module()
     nccl, cudnn, cublas = part("nccl"), part("cudnn"), part("cublas")
     cupy.cuda.nccl = nccl
-    return Libraries(cupy, None if cublas is None else cublas.Cublas(), nccl, cudnn=cudnn)
+    return Libraries(cupy, cublas.Cublas(), special, nccl, cudnn=cudnn)
 
 
 def part(name: str) -> Any:
