@@ -73,8 +73,8 @@ class Compiled(NamedTuple):
     ones leave it), `kept` slots enter it after the last, copied if `sharing` says so. Of these, `lent` ones
     lie in memory that a later program may write to.
 
-    On a device `inputs` holds what changes from run to run, and `by_value` are the scalars that kernels take
-    as they are.
+    On a device `inputs` holds what changes from run to run, `by_value` are the scalars that kernels take as
+    they are, and `tf32` says whether products of float32 may take their operands with 10 bits of mantissa.
     """
 
     steps: tuple[Step, ...]
@@ -86,6 +86,7 @@ class Compiled(NamedTuple):
     lent: tuple[int, ...] = ()
     inputs: Inputs | None = None
     by_value: tuple[int, ...] = ()
+    tf32: bool = False
 
 
 class Site(NamedTuple):
@@ -144,7 +145,7 @@ def compile_program(program: Program, site: Site) -> Compiled:
                   for at, (call, ins, outs, origin) in enumerate(placed))
     return Compiled(
         steps, n_slots, tuple(external), taken, kept, sharing, tuple(s for s in kept if s in room), inputs,
-        by_value)
+        by_value, program.precision != "highest")
 
 
 def device_inputs(placed: Sequence[Placed], device: Any) -> tuple[Inputs, tuple[int, ...]]:

@@ -16,8 +16,8 @@ from meshtape.runtime.shards import Shape, split
 Update = Callable[..., list[Any]]
 
 
-def sharded_update(xp: Any, op: Op, kernel: Callable[..., Any], attrs: dict[str, Any], dims: Sequence[int], comm: Any,
-                   shapes: Sequence[Shape | None],
+def sharded_update(xp: Any, op: Op, kernel: Callable[..., Any], attrs: dict[str, Any], dims: Sequence[int],
+                   comm: Any, shapes: Sequence[Shape | None],
                    via: Any = None) -> tuple[Update, tuple[tuple[int, int], ...]]:
     """The function of a sharded update, and what it may write over what, as (output, input) positions.
 

@@ -135,6 +135,7 @@ class Worker:
                 self.blocks[name] = self.site.xp.array(value)
         self.lent.clear()
         if body.program.inputs is not None:
+            self.device.blas.tf32 = body.program.tf32
             run = run._replace(feeds=body.program.inputs.load(run.feeds, run.scalars))
         self._perform(body, run, failures)
         self.lent += [run.ids[slot] for slot in body.program.lent]

@@ -27,7 +27,7 @@ class Inputs:
         self._feeds = [cp.empty(shape, dtype) for shape, dtype in feeds]
         self._wanted = tuple(wanted)
         self._format = struct.Struct("=" + "".join("d" if letter == "d" else "Q" for _, letter in wanted))
-        self._words = cp.zeros(len(wanted), np.int64)
+        self._words = cp.empty(max(1, len(wanted)), np.int64)
         floats = self._words.view(np.float64)
         self.numbers = {(index, letter): (floats if letter == "d" else self._words)[k:k + 1].reshape(())
                         for k, (index, letter) in enumerate(wanted)}
