@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from meshtape.runtime import philox
+from meshtape.runtime.cuda.kernels import random as device_kernels
 from meshtape.runtime.dtypes import canonical, is_floating
 from meshtape.runtime.errors import DTypeError, ShapeError
-from meshtape.runtime.op import ALPHABET, IO, REQUIRED, Axes, Op, Sample, register
+from meshtape.runtime.op import ALPHABET, IO, REQUIRED, Axes, DeviceKernel, Op, Sample, register
 from meshtape.runtime.ops.create import made_axes, made_dtype
 from meshtape.runtime.ops.reduce import accumulator
 from meshtape.runtime.ops.rules import BOOL, INTEGER, promoted
@@ -39,7 +40,7 @@ def _make(xp: Any, values: philox.Fill, dtype: Any, shape: Shape, offset: Shape 
 
 
 def _row(name: str, kernel: Callable[..., Any], takes: Callable[[Any], bool],
-         samples: Callable[[], list[Sample]], *scalars: str, **defaults: Any) -> Op:
+         device: DeviceKernel, samples: Callable[[], list[Sample]], *scalars: str, **defaults: Any) -> Op:
     """A row of seed, draw and these scalars; `takes` says which dtypes can be made."""
     def dtype(*given: Any, dtype: str, **attrs: Any) -> tuple[list[Any], list[Any]]:
         if not takes(canonical(dtype)):
@@ -50,7 +51,7 @@ def _row(name: str, kernel: Callable[..., Any], takes: Callable[[Any], bool],
         name, kernel=kernel, attrs={**RANDOM_ATTRS, **defaults}, dtype=dtype,
         shape=lambda *given, shape, **attrs: [tuple(shape)],
         axes=lambda *given, shape, **attrs: made_axes(shape, 2 + len(scalars)), local=local_piece,
-        samples=samples))
+        samples=samples, device=device))
 
 
 _SHAPES: tuple[Shape, ...] = ((5, 3), (), (7,), (2, 3, 4), (0, 3), (1, 6))
@@ -113,13 +114,13 @@ def _bernoulli(xp: Any, seed: int, draw: int, p: float, shape: Shape, dtype: str
     return _make(xp, values, canonical(dtype), shape, offset, whole)
 
 
-random_uniform = _row("random_uniform", _uniform, is_floating,
+random_uniform = _row("random_uniform", _uniform, is_floating, device_kernels.UNIFORM,
                       _samples(-1.0, 2.0, dtypes=("float32", "float64", "float16")), "low", "high")
-random_normal = _row("random_normal", _normal, is_floating,
+random_normal = _row("random_normal", _normal, is_floating, device_kernels.NORMAL,
                      _samples(1.0, 2.0, dtypes=("float32", "float64", "float16")), "mean", "std")
-random_integers = _row("random_integers", _integers, lambda d: d.name in INT_NAMES,
+random_integers = _row("random_integers", _integers, lambda d: d.name in INT_NAMES, device_kernels.INTEGER,
                        _samples(-3, 9, dtypes=("int64", "int32")), "low", "high", dtype="int64")
-random_bernoulli = _row("random_bernoulli", _bernoulli, lambda d: True,
+random_bernoulli = _row("random_bernoulli", _bernoulli, lambda d: True, device_kernels.BERNOULLI,
                         _samples(0.3, dtypes=("bool", "float32")), "p", dtype="bool")
 
 
@@ -139,7 +140,8 @@ random_permutation = register(Op(
     shape=lambda seed, draw, n, **attrs: [(n,)],
     dtype=lambda seed, draw, **attrs: ([seed, draw], [canonical("int64")]),
     axes=lambda seed, draw, n, **attrs: made_axes((n,), 2), local=_local_permutation,
-    samples=lambda: [Sample((3, 4), {"n": n}, diff=False) for n in (7, 0, 1, 64)]))
+    samples=lambda: [Sample((3, 4), {"n": n}, diff=False) for n in (7, 0, 1, 64)],
+    device=device_kernels.PERMUTATION))
 
 
 # --- dropout ------------------------------------------------------------------------------------------
@@ -181,6 +183,7 @@ def _dropout_local(attrs: Attrs, io: IO) -> Attrs:
 dropout: Op = register(Op(
     "dropout", kernel=_dropout, attrs={"p": 0.5, "offset": None, "whole": None}, shape=_dropout_shape,
     dtype=_dropout_dtype, axes=_dropout_axes, linear=((0,),), local=_dropout_local,
+    device=device_kernels.DROPOUT,
     vjp=(lambda g, out, x, seed, draw, p, **attrs: dropout(g, seed, draw, p=p), None, None),
     samples=lambda: [Sample((s, 3, 5), {"p": p}) for s, p in [
         ((5, 3), 0.5), ((6,), 0.0), ((6,), 1.0), ((), 0.3), ((2, 3, 4), 0.1), ((0, 3), 0.5)]]))
