@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
+from meshtape.runtime.cuda.arrays import ArrayModule
+from meshtape.runtime.cuda.blas import Blas
 from meshtape.runtime.cuda.libraries import Libraries
 from meshtape.runtime.cuda.source import Kernels
 
@@ -31,8 +33,6 @@ class Device:
         self.index = index
         self.handle = cp.cuda.Device(index)
         self.kernels = Kernels(cp)
-        self.xp: Any = cp
-        self.blas: Any = None
         self.dnn: Any = None
         self.capturing = False      # whether a CUDA graph is being recorded
         self._peak = 0
@@ -42,6 +42,8 @@ class Device:
             self.limit = 0 if memory_fraction is None else int(memory_fraction * total)
             self._pools: WeakSet[Any] = WeakSet()
             self.pool = self.new_pool()
+        self.blas = Blas(self)
+        self.xp = ArrayModule(self)
 
     @contextmanager
     def active(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from meshtape.runtime import pieces
 from meshtape.runtime.errors import ShapeError
-from meshtape.runtime.op import ALPHABET, Axes, Op, Sample, broadcast_shapes, register
+from meshtape.runtime.op import ALPHABET, Axes, DeviceKernel, Op, Sample, broadcast_shapes, register
 from meshtape.runtime.ops.pointwise import mul
 from meshtape.runtime.ops.reduce import accumulator, sum_
 from meshtape.runtime.ops.rules import BOOL, conjugate, promoted, unbroadcast
@@ -25,6 +25,11 @@ from meshtape.runtime.shards import Shape
 def widen(x: Any) -> Any:
     """`x` in the dtype in which its sums are accumulated: float32 for 16-bit floats, which BLAS lacks."""
     return x.astype(accumulator(x.dtype), copy=False)
+
+
+def by_blas(run: Any) -> DeviceKernel:
+    """A device kernel of products by Device.blas, which takes all shapes and dtypes."""
+    return DeviceKernel(run, lambda shapes, dtypes, attrs: True)
 
 
 def count_rows(shape: Shape) -> int:
@@ -84,6 +89,11 @@ def _matmul(xp: Any, x: Any, y: Any, transpose_x: bool, transpose_y: bool, out: 
     return pieces.times(xp, x, y, out) if x.ndim == y.ndim == 2 else xp.matmul(x, y, out=out)
 
 
+def _matmul_on_device(dev: Any, x: Any, y: Any, transpose_x: bool, transpose_y: bool, out: Any = None) -> Any:
+    x = x.swapaxes(-1, -2) if transpose_x else x
+    return dev.blas.matmul(x, y.swapaxes(-1, -2) if transpose_y else y, out)
+
+
 def _matmul_vjp_x(g: Any, out: Any, x: Any, y: Any, transpose_x: bool, transpose_y: bool) -> Any:
     y = conjugate(y)
     if x.ndim == y.ndim == 1:
@@ -139,7 +149,7 @@ def _matmul_samples() -> list[Sample]:
 matmul: Op = register(Op(
     "matmul", kernel=_matmul, attrs={"transpose_x": False, "transpose_y": False}, shape=_matmul_shape,
     dtype=promoted(BOOL)("matmul"), axes=_matmul_axes, linear=((0,), (1,)), keeps="x y",
-    vjp=(_matmul_vjp_x, _matmul_vjp_y), samples=_matmul_samples))
+    vjp=(_matmul_vjp_x, _matmul_vjp_y), samples=_matmul_samples, device=by_blas(_matmul_on_device)))
 
 
 # --- linear layers ----------------------------------------------------------------------------------
@@ -185,6 +195,7 @@ def _linear(xp: Any, x: Any, w: Any, b: Any, out: Any = None) -> Any:
 linear: Op = register(Op(
     "linear", kernel=_linear, shape=_linear_shape, dtype=promoted(BOOL)("linear"), axes=_linear_axes,
     linear=((0, 2), (1, 2)), keeps="x w",
+    device=by_blas(lambda dev, x, w, b, out=None: dev.blas.linear(x, w, b, out)),
     vjp=(lambda g, out, x, w, b: matmul(g, conjugate(w)),
          lambda g, out, x, w, b: linear_weight_grad(g, conjugate(x)),
          lambda g, out, x, w, b: sum_(g, axis=tuple(range(g.ndim - 1))) if g.ndim > 1 else g),
@@ -213,9 +224,15 @@ def _linear_weight_grad(xp: Any, g: Any, x: Any, out: Any = None) -> Any:
     return found.astype(dtype, copy=False)
 
 
+def _weight_grad_on_device(dev: Any, g: Any, x: Any, out: Any = None) -> Any:
+    rows = count_rows(g.shape)
+    return dev.blas.gemm(g.reshape(rows, g.shape[-1]), x.reshape(rows, x.shape[-1]), out, transpose_a=True)
+
+
 linear_weight_grad: Op = register(Op(
     "linear_weight_grad", kernel=_linear_weight_grad, shape=_weight_grad_shape,
     dtype=promoted(BOOL)("linear_weight_grad"), axes=_weight_grad_axes, linear=((0,), (1,)), keeps="g x",
+    device=by_blas(_weight_grad_on_device),
     vjp=(lambda u, out, g, x: matmul(conjugate(x), u, transpose_y=True),
          lambda u, out, g, x: matmul(conjugate(g), u)),
     samples=lambda: [Sample(s) for s in (((6, 3), (6, 5)), ((3,), (5,)), ((2, 4, 3), (2, 4, 5)),

@@ -14,7 +14,8 @@ from typing import Any
 
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import IO, REQUIRED, Axes, Op, Sample, register
-from meshtape.runtime.ops.contraction import widen
+from meshtape.runtime.ops.contraction import by_blas, widen
+from meshtape.runtime.ops.reduce import accumulator
 from meshtape.runtime.ops.rules import BOOL, conjugate, promoted
 from meshtape.runtime.shards import Shape
 
@@ -129,20 +130,30 @@ def _unstretched(ins: Terms, result: str, term: str, shape: Shape, extents: dict
 # --- the kernel: pairs of operands become matrix products -----------------------------------------------
 
 def _einsum(xp: Any, *xs: Any, equation: str, shape: Shape | None = None) -> Any:
+    """16-bit floats in float32 throughout."""
+    return _contract(xp, xp.matmul, *map(widen, xs), equation=equation, shape=shape).astype(
+        xs[0].dtype, copy=False)
+
+
+def _einsum_on_device(dev: Any, *xs: Any, equation: str, shape: Shape | None = None) -> Any:
+    """16-bit floats as they are; products and sums add up in float32, and are rounded."""
+    return _contract(dev.cp, dev.blas.matmul, *xs, equation=equation, shape=shape)
+
+
+def _contract(xp: Any, matmul: Any, *xs: Any, equation: str, shape: Shape | None) -> Any:
     ins, out = parse(equation, tuple(x.ndim for x in xs))
     extents = extents_of(equation, ins, tuple(x.shape for x in xs), out, shape)
-    dtype = xs[0].dtype
-    terms = [_squeezed(xp, widen(x), term, extents) for x, term in zip(xs, ins, strict=True)]
+    terms = [_squeezed(xp, x, term, extents) for x, term in zip(xs, ins, strict=True)]
     terms = [_alone(x, term, set(out).union(*(t for i, (_, t) in enumerate(terms) if i != k)))
              for k, (x, term) in enumerate(terms)]
     while len(terms) > 1:
         i, j = _cheapest_pair(terms, out, extents)
         (b, tb), (a, ta) = terms.pop(j), terms.pop(i)
-        terms.append(_product(xp, a, ta, b, tb, set(out).union(*(t for _, t in terms))))
+        terms.append(_product(matmul, a, ta, b, tb, set(out).union(*(t for _, t in terms))))
     x, term = terms[0]
     core = "".join(c for c in dict.fromkeys(out) if c in term)
     x = x.transpose([term.index(c) for c in core])
-    return (x if core == out else _place(xp, x, core, out, shape)).astype(dtype, copy=False)
+    return x if core == out else _place(xp, x, core, out, shape)
 
 
 def _squeezed(xp: Any, x: Any, term: str, extents: dict[str, int]) -> tuple[Any, str]:
@@ -161,7 +172,8 @@ def _alone(x: Any, term: str, elsewhere: set[str]) -> tuple[Any, str]:
     summed = tuple(d for d, c in enumerate(term) if c not in elsewhere)
     if not summed:
         return x, term
-    return x.sum(axis=summed, dtype=x.dtype), "".join(c for d, c in enumerate(term) if d not in summed)
+    total = widen(x).sum(axis=summed, dtype=accumulator(x.dtype)).astype(x.dtype, copy=False)
+    return total, "".join(c for d, c in enumerate(term) if d not in summed)
 
 
 def _diagonal(xp: Any, x: Any, term: str, keep: str) -> Any:
@@ -182,7 +194,7 @@ def _cheapest_pair(terms: list[tuple[Any, str]], out: str, extents: dict[str, in
     return min(itertools.combinations(range(len(terms)), 2), key=size)
 
 
-def _product(xp: Any, a: Any, ta: str, b: Any, tb: str, keep: set[str]) -> tuple[Any, str]:
+def _product(matmul: Any, a: Any, ta: str, b: Any, tb: str, keep: set[str]) -> tuple[Any, str]:
     """Multiply two operands and sum over the shared letters that are not in `keep`."""
     batch = "".join(c for c in ta if c in tb and c in keep)
     summed = "".join(c for c in ta if c in tb and c not in keep)
@@ -198,7 +210,7 @@ def _product(xp: Any, a: Any, ta: str, b: Any, tb: str, keep: set[str]) -> tuple
         return a * b, batch + left + right
     rows = _matrices(a, ta, batch, left, summed, size)
     columns = _matrices(b, tb, batch, right, summed, size)
-    return xp.matmul(rows, columns.swapaxes(-1, -2)).reshape(shape), batch + left + right
+    return matmul(rows, columns.swapaxes(-1, -2)).reshape(shape), batch + left + right
 
 
 def _matrices(x: Any, term: str, batch: str, free: str, summed: str, size: dict[str, int]) -> Any:
@@ -245,4 +257,5 @@ def _einsum_samples() -> list[Sample]:
 einsum: Op = register(Op(
     "einsum", kernel=_einsum, attrs={"equation": REQUIRED, "shape": None}, shape=_einsum_shape,
     dtype=promoted(BOOL)("einsum"), axes=_einsum_axes, linear=tuple((i,) for i in range(16)),
-    local=_einsum_local, vjp=_einsum_vjp, keeps="xs", samples=_einsum_samples))
+    local=_einsum_local, vjp=_einsum_vjp, keeps="xs", samples=_einsum_samples,
+    device=by_blas(_einsum_on_device)))
