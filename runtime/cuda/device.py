@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakSet
 
 from meshtape.runtime.cuda.arrays import ArrayModule
 from meshtape.runtime.cuda.blas import Blas
+from meshtape.runtime.cuda.dnn import Dnn
 from meshtape.runtime.cuda.libraries import Libraries
 from meshtape.runtime.cuda.source import Kernels
 
@@ -33,7 +34,6 @@ class Device:
         self.index = index
         self.handle = cp.cuda.Device(index)
         self.kernels = Kernels(cp)
-        self.dnn: Any = None
         self.capturing = False      # whether a CUDA graph is being recorded
         self._peak = 0
         with self.handle:
@@ -43,6 +43,7 @@ class Device:
             self._pools: WeakSet[Any] = WeakSet()
             self.pool = self.new_pool()
         self.blas = Blas(self)
+        self.dnn = None if libraries.cudnn is None else Dnn(self)
         self.xp = ArrayModule(self)
 
     @contextmanager
@@ -83,13 +84,13 @@ class Device:
         return isinstance(error, self.cp.cuda.memory.OutOfMemoryError)
 
     def shortage(self, name: str, shapes: Sequence[Any], dtypes: Sequence[Any],
-                 blocks: Mapping[int, Any]) -> str:
+                 live: Sequence[Any]) -> str:
         """What to tell the user when `name` got no memory for its results: who holds it, and what to do."""
         with self.handle:
             free, total = self.cp.cuda.runtime.memGetInfo()
         made = " and ".join(f"{dtype} {tuple(shape)}" for shape, dtype in zip(shapes, dtypes, strict=True))
-        arrays = sorted((b for b in blocks.values() if hasattr(b, "nbytes")), key=lambda b: -b.nbytes)
-        held = ", ".join(f"{b.dtype} {tuple(b.shape)} {b.nbytes / MIB:.1f} MiB" for b in arrays[:LARGEST])
+        arrays = sorted({id(a): a for a in live}.values(), key=lambda a: -a.nbytes)
+        held = ", ".join(f"{a.dtype} {tuple(a.shape)} {a.nbytes / MIB:.1f} MiB" for a in arrays[:LARGEST])
         limit = f", of which this worker may use {self.limit / MIB:.0f}" if self.limit else ""
         return (f"{name}: the device has no memory for its result ({made}); {free / MIB:.0f} of "
                 f"{total / MIB:.0f} MiB are free{limit}, this worker holds {self.held() / MIB:.0f} MiB, "

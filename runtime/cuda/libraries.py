@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from meshtape.runtime.errors import MeshError
@@ -34,4 +35,18 @@ def load() -> Libraries:
     from cupyx.scipy import special
 
     from meshtape.runtime.cuda import cublas
-    return Libraries(cupy, cublas.load(), special, nccl if nccl.available else None)
+    return Libraries(cupy, cublas.load(), special, nccl if nccl.available else None, cudnn=_cudnn())
+
+
+def _cudnn() -> Any:
+    """The cuDNN frontend; None if it is not installed, or cuDNN itself is not."""
+    if find_spec("cudnn") is None:
+        return None
+    import cudnn
+    try:
+        cudnn.backend_version()
+    except RuntimeError as error:
+        if "Unable to find symbol" in str(error):       # no libcudnn was found
+            return None
+        raise
+    return cudnn
