@@ -220,12 +220,12 @@ class Worker:
     def _call(self, body: Body, step: Step, at: int, args: list[Any], slots: list[Any], batch: int,
               failures: list[Failure]) -> None:
         try:
-            self._results(body, step, at, self._apply(step, args), slots)
+            self._results(body, step, at, self._apply(step, args, slots), slots)
         except Exception as error:
             # Whatever a kernel raises is the user's to see, at the driver, as a value.
             self._fail(step, error, slots, batch, failures)
 
-    def _apply(self, step: Step, args: list[Any]) -> Any:
+    def _apply(self, step: Step, args: list[Any], slots: Sequence[Any]) -> Any:
         """Call a step's function; a second time, after giving back what is unused, if memory is short."""
         call = step.call
         for i, array in step.given:
@@ -244,7 +244,8 @@ class Worker:
         except Exception as error:
             if not self._out_of_memory(error):
                 raise
-            raise MemoryError(device.shortage(call.name, call.shapes, call.dtypes, self.blocks)) from None
+            live = [x for x in (*self.blocks.values(), *slots) if type(x) is self.array]
+            raise MemoryError(device.shortage(call.name, call.shapes, call.dtypes, live)) from None
 
     def _results(self, body: Body, step: Step, at: int, result: Any, slots: list[Any]) -> None:
         found = result if step.call.many else (result,)

@@ -107,10 +107,22 @@ class Replay:
                 code(blocks, ids, scalars, feeds)
                 return
             self._capture(code, blocks, ids, scalars, feeds, arrays)
-            if self.captured is None:
-                code(blocks, ids, scalars, feeds)
-                return
-        self._launch(blocks, ids, arrays)
+        room = None if self.captured is None else self._room([a for _, a, own in self.captured.kept if own])
+        if room is None:
+            self.drop()
+            code(blocks, ids, scalars, feeds)
+        else:
+            self._launch(blocks, ids, arrays, room)
+
+    def _room(self, like: Sequence[Any]) -> list[Any] | None:
+        """Arrays like these; None without memory for them, and then `reason` says so."""
+        try:
+            return [self.device.cp.empty_like(a) for a in like]
+        except Exception as error:
+            if not self.device.is_out_of_memory(error):
+                raise
+            self.reason = "there was no memory beside that of its graph"
+            return None
 
     def _fits(self, spots: Sequence[Spot], numbers: tuple[str, ...]) -> bool:
         made = self.captured
@@ -138,7 +150,8 @@ class Replay:
     def _due(self, spots: tuple[Spot, ...], numbers: tuple[str, ...]) -> bool:
         return self._runs + 1 >= RUNS_BEFORE and numbers == self._numbers
 
-    def _launch(self, blocks: dict[int, Any], ids: Sequence[int], arrays: Sequence[Any]) -> None:
+    def _launch(self, blocks: dict[int, Any], ids: Sequence[int], arrays: Sequence[Any],
+                room: Sequence[Any]) -> None:
         made = self.captured
         assert made is not None
         for k, buffer in made.buffers.items():
@@ -147,8 +160,13 @@ class Replay:
         made.graph.launch(self.device.stream)
         for slot in self.program.taken:
             blocks.pop(ids[slot], None)
+        free = iter(room)
         for slot, array, own in made.kept:
-            blocks[ids[slot]] = array.copy(order="K") if own else array
+            if own:
+                target = next(free)
+                target[...] = array
+                array = target
+            blocks[ids[slot]] = array
         self.replays += 1
 
     def _capture(self, code: Callable[..., None], blocks: dict[int, Any], ids: Sequence[int],
@@ -161,10 +179,13 @@ class Replay:
         self.device.pool.free_all_blocks()
         pool = self.device.new_pool()
         table = dict(blocks)
+        moving = sorted(self._moving)
         with cuda.using_allocator(pool.malloc):
-            buffers = {k: arrays[k].copy(order="K") for k in sorted(self._moving)}
-        for k, buffer in buffers.items():
-            table[ids[external[k]]] = buffer
+            found = self._room([arrays[k] for k in moving])
+        if found is None:
+            return
+        buffers = dict(zip(moving, found, strict=True))
+        table.update((ids[external[k]], buffer) for k, buffer in buffers.items())
         graph = self._record(code, table, ids, scalars, feeds, pool)
         if graph is None:
             return

@@ -1,0 +1,90 @@
+"""Memory of a GPU worker: a limit, one more try after giving back what is unused, and an error that helps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import emulator
+import meshtape as mt
+from meshtape.cluster.local import InlineMesh
+from meshtape.runtime.collectives.threads import ThreadGroup
+from meshtape.runtime.cuda.device import Device
+from meshtape.runtime.errors import WorkerError
+from meshtape.runtime.worker import Worker
+from meshtape.scheduler import current
+from meshtape.scheduler.session import Session
+
+pytest.importorskip("cupy", reason="the emulation asks the installed CuPy for its signatures")
+MIB = 1 << 20
+LIMIT = 9 * MIB
+
+
+@pytest.fixture
+def worker() -> Iterator[Any]:
+    """A worker that may use 9 MiB of the device, as the current mesh."""
+    mt.shutdown()
+    fraction = LIMIT / emulator.libraries().cupy.cuda.runtime.memGetInfo()[1]
+    made = Worker(0, (1,), [ThreadGroup(1).communicator(0)],
+                  Device(emulator.libraries(), memory_fraction=fraction))
+    current.use(Session(InlineMesh(worker=lambda *args: made)))
+    yield made
+    mt.shutdown()
+
+
+def test_an_error_names_the_op_and_the_largest_tensors(worker: Any) -> None:
+    big = mt.ones((MIB,), dtype=mt.float32)
+    small = mt.ones((MIB // 8,), dtype=mt.float32)
+    mt.synchronize()
+    with pytest.raises(WorkerError) as caught:
+        mt.concat([big, big]).numpy()
+    text = str(caught.value)
+    assert "no memory for its result (float32 (2097152,))" in text
+    assert "float32 (1048576,) 4.0 MiB, float32 (131072,) 0.5 MiB" in text
+    assert "may use 9" in text and "smaller batch" in text
+    np.testing.assert_array_equal(small.numpy(), 1)         # the session goes on
+    del big, small
+    np.testing.assert_array_equal((mt.ones((MIB,), dtype=mt.float32) + 0).numpy(), 1)
+
+
+def test_memory_that_is_free_but_held_is_given_back_before_giving_up(worker: Any) -> None:
+    for size in (MIB // 2, MIB // 4, MIB // 8, MIB, MIB // 16):     # blocks of 2, 1, 0.5, 4, 0.25 MiB
+        t = mt.ones((size,), dtype=mt.float32)
+        mt.synchronize()
+        del t
+    assert worker.device.held() > 7 * MIB
+    np.testing.assert_array_equal(mt.ones((MIB + MIB // 2,), dtype=mt.float32).numpy(), 1)
+
+
+def test_a_program_that_is_repeated_recovers_as_well(worker: Any) -> None:
+    """The generated function stops at a step without memory, and the rest of the batch is still done."""
+    x = mt.ones((MIB,), dtype=mt.float32)
+    for n in (1, 1, 1, 1):
+        y, z = mt.flip(x) * n, x.sum()
+        mt.flush()
+        del y
+        assert z.item() == MIB
+    held = mt.ones((MIB // 2,), dtype=mt.float32)
+    mt.flush()
+    y, z = mt.flip(x) * n, x.sum()
+    mt.flush()
+    with pytest.raises(WorkerError, match="no memory"):
+        y.numpy()
+    del y, held
+    assert z.item() == MIB
+
+
+def test_the_fraction_is_checked() -> None:
+    for wrong in (0, -0.5, 1.5, "half", True):
+        with pytest.raises(mt.MeshError, match="memory_fraction"):
+            mt.init(memory_fraction=wrong)
+
+
+def test_stats_tell_the_devices_memory(worker: Any) -> None:
+    kept = mt.ones((MIB // 4,), dtype=mt.float32)
+    mt.synchronize()
+    assert MIB <= mt.stats()["peak_memory"][0] <= LIMIT
+    del kept
