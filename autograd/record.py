@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 
-from meshtape.autograd.tape import Node
+from meshtape.autograd.tape import Leaf, Node
 from meshtape.autograd.tensor import Tensor, as_tensor
 from meshtape.runtime.errors import SessionClosed
-from meshtape.runtime.op import Op
+from meshtape.runtime.op import Op, lookup
 from meshtape.runtime.shards import Placements
 from meshtape.scheduler import current
 from meshtape.scheduler.layout import Spec
 from meshtape.scheduler.planner import Plan
 from meshtape.scheduler.session import Draw, Session
 from meshtape.scheduler.sites import user_site
+
+ASTYPE = lookup("astype")
 
 
 def apply(op: Op, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (),
@@ -52,7 +54,11 @@ def apply(op: Op, inputs: tuple[Any, ...], attrs: tuple[Any, ...] = (),
         key = (*key, placements)
     plan = session.plans.get(key)
     if plan is None:
-        plan = session.plans[key] = new_plan(session, op, attrs, key[2:2 + count], placements)
+        region = session.autocast
+        change = None if region is None else region.change(op, attrs, key[2:2 + count])
+        if change is not None:
+            return apply(op, cast_inputs(inputs, change.dtypes, session), change.attrs, placements)
+        plan = session.plans[key] = new_plan(session, key, key[2:2 + count], placements)
     site = session.site or user_site()
     made = session.record(plan, blocks, site)
     if tracked and plan.differentiable and session.grad_enabled:
@@ -110,15 +116,39 @@ def taken_apart(inputs: Sequence[Any],
     return specs, blocks, tuple(edges), tracked
 
 
-def new_plan(session: Session, op: Op, attrs: tuple[Any, ...], specs: Sequence[Spec],
+def new_plan(session: Session, key: tuple[Any, ...], specs: Sequence[Spec],
              placements: Placements | None) -> Plan:
-    """Plan an op that was not seen with these specs before."""
+    """Plan an op that was not seen with these specs before, in this region of autocast."""
     session.check()
+    known = session.planner.plans.get(key)
+    if known is not None:
+        return known
+    op, attrs = key[:2]
     for spec in specs:
         if spec.owner is not session.specs:
             raise SessionClosed(f"{op.name}: a tensor of shape {spec.shape} belongs to a mesh that was shut "
                                 f"down or replaced; make it again on the current mesh")
-    return session.planner.plan(op, attrs, tuple(specs), placements)
+    plan = session.planner.plans[key] = session.planner.plan(op, attrs, tuple(specs), placements)
+    return plan
+
+
+def cast_inputs(inputs: Sequence[Any], dtypes: Sequence[Any], session: Session) -> tuple[Any, ...]:
+    """The inputs in these dtypes (None: as it is).
+
+    The 16-bit copy of a leaf that requires grad is shared by all that read it in the outermost region.
+    """
+    return tuple([x if d is None else _cast(as_tensor(x), d, session)
+                  for x, d in zip(inputs, dtypes, strict=True)])
+
+
+def _cast(x: Tensor, dtype: Any, session: Session) -> Tensor:
+    if x.edge is None or type(x.edge[0]) is not Leaf or dtype.itemsize != 2:
+        return apply(ASTYPE, (x,), (dtype.name,))  # type: ignore[no-any-return]
+    key = (x.edge[0], dtype, session.grad_enabled)
+    found = session.casts.get(key)
+    if found is None or found[0] != x.block:        # a number: the parameter's old block is not kept alive
+        found = session.casts[key] = (+x.block, apply(ASTYPE, (x,), (dtype.name,)))
+    return found[1]  # type: ignore[no-any-return]
 
 
 def as_operand(x: Any) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ContextDecorator
 from typing import Any
 
+from meshtape.autograd.autocast import Region, enter, resumed
 from meshtape.autograd.replay import Survey, Trace, noted_walk, remember, replay, survey
 from meshtape.autograd.tensor import Tensor, make
 from meshtape.runtime.dtypes import is_differentiable
@@ -139,10 +140,12 @@ class Leaf(AnyNode):
 class CheckpointNode(AnyNode):
     """A function whose inner tape is thrown away after forward and recorded again for backward."""
 
-    __slots__ = ("args", "count", "draws", "function")
+    __slots__ = ("args", "count", "draws", "function", "region")
 
-    def __init__(self, function: Callable[..., Any], args: Sequence[Any], draws: int) -> None:
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any], draws: int,
+                 region: Region | None) -> None:
         self.function = function
+        self.region = region
         self.args: Sequence[Any] | None = args
         self.draws = draws
         self.hooks = None
@@ -166,7 +169,7 @@ class CheckpointNode(AnyNode):
         draws = session.draws
         try:
             session.draws = self.draws
-            with set_grad_enabled(True):
+            with set_grad_enabled(True), resumed(session, self.region):
                 out = self.function(*args)
         finally:
             session.draws = draws
@@ -187,11 +190,14 @@ def walk(roots: Sequence[tuple[Edge, Tensor | Callable[[], Tensor]]], *, retain_
     """Send gradients from `roots` back over the tape, without recursion.
 
     A gradient is a tensor, or what records it. Leaves accumulate into `.grad`, unless `captured` names the
-    edges whose gradients are wanted instead.
+    edges whose gradients are wanted instead. Nothing is cast by autocast: a derivative computes in the dtypes
+    that its op did.
     """
     session = current.session()
-    enabled, site = session.grad_enabled, session.site
+    enabled, site, region = session.grad_enabled, session.site, session.autocast
     try:
+        if region is not None:
+            enter(session, None)
         session.grad_enabled = create_graph
         session.site = site or user_site()
         if len(roots) == 1 and not create_graph and captured is None and "record" not in vars(session):
@@ -208,6 +214,8 @@ def walk(roots: Sequence[tuple[Edge, Tensor | Callable[[], Tensor]]], *, retain_
     finally:
         session.grad_enabled = enabled
         session.site = site
+        if region is not None:
+            enter(session, region)
 
 
 def _remembered(roots: Sequence[tuple[Edge, Tensor | Callable[[], Tensor]]], seen: Survey, session: Session,
@@ -378,7 +386,7 @@ def checkpoint(function: Callable[..., Any], *args: Any) -> Any:
     session = current.session()
     if not session.grad_enabled:
         return function(*args)
-    node = CheckpointNode(function, args, session.draws)
+    node = CheckpointNode(function, args, session.draws, session.autocast)
     with set_grad_enabled(False):
         out = function(*args)
     outs = out if isinstance(out, tuple | list) else (out,)

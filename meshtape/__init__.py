@@ -10,7 +10,7 @@ import importlib
 from typing import Any
 
 from meshtape import methods as _methods
-from meshtape.amp import get_float32_matmul_precision, set_float32_matmul_precision
+from meshtape.amp import autocast, get_float32_matmul_precision, set_float32_matmul_precision
 from meshtape.autograd import Tensor, checkpoint, grad
 from meshtape.contraction import *  # noqa: F403
 from meshtape.creation import *  # noqa: F403
@@ -58,7 +58,7 @@ __array_api_version__ = "2024.12"
 
 e, pi, inf, nan, newaxis = 2.718281828459045, 3.141592653589793, float("inf"), float("nan"), None
 
-_LAZY = {"nn", "optim", "data", "random"}
+_LAZY = {"amp", "nn", "optim", "data", "random"}
 _LAZY_NAMES = {"save": "checkpoint_file", "load": "checkpoint_file", "load_metadata": "checkpoint_file"}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from meshtape.autograd.autocast import autocast
 from meshtape.scheduler import current
 
 PRECISIONS = ("highest", "high", "medium")
@@ -23,4 +24,4 @@ def get_float32_matmul_precision() -> str:
     return current.precision
 
 
-__all__ = ["get_float32_matmul_precision", "set_float32_matmul_precision"]
+__all__ = ["autocast", "get_float32_matmul_precision", "set_float32_matmul_precision"]

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from meshtape.autograd import Tensor, apply, as_tensor
+from meshtape.autograd.autocast import wide
 from meshtape.runtime.dtypes import AnyDType, canonical
 from meshtape.runtime.op import lookup, normalize_axes, normalize_axis
 
@@ -87,15 +88,16 @@ def var(x: Any, /, axis: Axis = None, *, correction: float = 0.0, keepdims: bool
 
     The mean is over the whole tensor, also where it is split.
     """
-    x = x if isinstance(x, Tensor) else as_tensor(x)
+    given = x if isinstance(x, Tensor) else as_tensor(x)
+    x = wide(given)
     over = normalize_axes(axis, x.ndim, "var")
     n = 1
     for a in over:
         n *= x.shape[a]
     centred = x - mean(x, over, keepdims=True)
     total = sum(centred * centred, over, keepdims=keepdims)
-    left = builtins.max(n - correction, 0.0)
-    return total / left
+    out = total / builtins.max(n - correction, 0.0)
+    return out if x is given else out.astype(given.dtype)
 
 
 def std(x: Any, /, axis: Axis = None, *, correction: float = 0.0, keepdims: bool = False) -> Tensor:
@@ -105,7 +107,7 @@ def std(x: Any, /, axis: Axis = None, *, correction: float = 0.0, keepdims: bool
 
 def norm(x: Any, /, axis: Axis = None, *, keepdims: bool = False) -> Tensor:
     """Euclidean norm over `axis`."""
-    x = x if isinstance(x, Tensor) else as_tensor(x)
+    x = wide(x if isinstance(x, Tensor) else as_tensor(x))
     return apply(lookup("sqrt"), (sum(x * x, axis, keepdims=keepdims),))
 
 

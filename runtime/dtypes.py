@@ -110,6 +110,11 @@ def _meet(a: np.dtype[Any], b: np.dtype[Any]) -> np.dtype[Any]:
     return int64 if met.kind == "f" and a.kind in "iu" else met
 
 
+def widens(source: AnyDType, target: AnyDType) -> bool:
+    """Whether every value of the floating (or complex) dtype `source` is one of `target`, a wider one."""
+    return kind(target) >= kind(source) >= 2 and bool(source.itemsize < target.itemsize)
+
+
 def floating(*given: AnyDType) -> np.dtype[Any]:
     """Like promote, but integers and booleans become the default float."""
     found = promote(*given)

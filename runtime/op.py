@@ -12,7 +12,7 @@ dtype        `(*dtypes, **attrs) -> (input dtypes, output dtypes)`: what the inp
 axes         `(*shapes, **attrs) -> Axes`, or a string like "mk,kn->mn": how dimensions move together
 linear       sets of inputs through which Partial("sum") may pass: if exactly the inputs of one set are
              Partial and the others replicated, the output is Partial. `((0, 1),)` add, `((0,), (1,))` mul;
-             "joint" means all inputs together.
+             "joint" means all inputs together. Or `(*dtypes, **attrs) -> sets`
 local        `(attrs, io) -> attrs` as one worker sees them; default: unchanged
 elementwise  the op as an expression in the kernel's parameter names; set for pointwise ops only
 vjp          one function `(g, out, *inputs, **attrs) -> tensor | None` per input (None: no derivative), or a
@@ -25,6 +25,8 @@ over         `(number of inputs, attrs) -> pairs (output, input)`: inputs that a
              when nobody else reads them. Pointwise ops (with `elementwise`) need none.
 samples      `() -> list of Sample`: what the generic tests run
 device       a second kernel, for CUDA, with the first as its oracle (see DeviceKernel)
+autocast     inside autocast(): "low" if floating inputs are cast to its 16-bit dtype, "float32" if 16-bit
+             inputs are cast to float32 (or the attribute `dtype` is set, where there is one), "" if neither
 """
 
 from __future__ import annotations
@@ -97,6 +99,9 @@ class DeviceKernel(NamedTuple):
     numbers: str = ""
 
 
+LinearSets = tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True, eq=False)
 class Op:
     """One row. Calling it with tensors records it: `mul(g, x)`, `softmax(x, axis=-1)`."""
@@ -107,7 +112,7 @@ class Op:
     dtype: Callable[..., tuple[Sequence[Any], Sequence[Any]]]
     axes: Callable[..., Axes] | None = None
     attrs: dict[str, Any] = field(default_factory=dict)
-    linear: tuple[tuple[int, ...], ...] | Literal["joint"] = ()
+    linear: LinearSets | Literal["joint"] | Callable[..., LinearSets] = ()
     local: Callable[[dict[str, Any], IO], dict[str, Any]] | None = None
     elementwise: str | None = None
     vjp: tuple[Callable[..., Any] | None, ...] | Callable[..., Any] | None = None
@@ -116,6 +121,7 @@ class Op:
     n_out: int = 1
     over: Callable[[int, dict[str, Any]], list[tuple[int, int]]] | None = None
     device: DeviceKernel | None = None
+    autocast: Literal["", "low", "float32"] = ""
     takes_out: bool = field(default=False, init=False)
     kept_inputs: tuple[int, ...] = field(default=(), init=False)
     kept_outputs: tuple[int, ...] = field(default=(), init=False)
@@ -161,6 +167,12 @@ class Op:
 
     def unpack(self, values: Iterable[Any]) -> dict[str, Any]:
         return dict(zip(self.attrs, values, strict=True))
+
+    def linear_sets(self, dtypes: Sequence[Any], attrs: dict[str, Any]) -> LinearSets:
+        """The column `linear` for inputs of these dtypes."""
+        if callable(self.linear):
+            return self.linear(*dtypes, **attrs)
+        return (tuple(range(len(dtypes))),) if self.linear == "joint" else self.linear
 
     def __repr__(self) -> str:
         return f"<op {self.name}>"

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from meshtape.runtime.dtypes import widens
 from meshtape.runtime.errors import MeshtapeError
 from meshtape.runtime.op import Axes as Letters
 from meshtape.runtime.op import Op
@@ -123,19 +124,26 @@ class Planner:
                 before.append(())
                 arrived.append(None)
                 continue
-            steps = []
+            steps: list[int] = []
             here = spec
-            if spec.placements != target:
-                steps.append(self.move(spec, target))
-                here = self.specs.get(spec.shape, spec.dtype, target)
-                wire += self.route(spec, target).wire
-            if cast is not None and cast != spec.dtype:
-                there = self.specs.get(spec.shape, np.dtype(cast), target)
-                steps.append(self.number(Instr("astype", (there.dtype.name,), (here.wire,), (there.wire,))))
-                here = there
+            target_type = spec.dtype if cast is None else cast
+            if spec.partial and target_type != spec.dtype and widens(spec.dtype, target_type):
+                here = self._cast(here, target_type, steps)     # addends meet in the wider dtype
+            if here.placements != target:
+                steps.append(self.move(here, target))
+                wire += self.route(here, target).wire
+                here = self.specs.get(spec.shape, here.dtype, target)
+            if target_type != here.dtype:
+                here = self._cast(here, target_type, steps)
             before.append(tuple(steps))
             arrived.append(here.wire)
         return tuple(before), tuple(arrived), wire
+
+    def _cast(self, spec: Spec, dtype: Any, steps: list[int]) -> Spec:
+        """Append the instruction that casts a tensor of `spec`; returns the result's spec."""
+        made = self.specs.get(spec.shape, np.dtype(dtype), spec.placements)
+        steps.append(self.number(Instr("astype", (made.dtype.name,), (spec.wire,), (made.wire,))))
+        return made
 
     def route(self, spec: Spec, target: Placements) -> Route:
         return route(
@@ -165,7 +173,7 @@ class Planner:
         letters = op.axes(*(s.shape for s in specs), **attrs)
         work = _work(letters, specs, out_shapes, out_dtypes)
         best: tuple[Any, list[Placements], list[Placements], float] | None = None
-        offers = [list(strategies(op, letters, specs)) for _ in self.axes.shape]
+        offers = [list(strategies(op, letters, specs, attrs)) for _ in self.axes.shape]
         for order, combo in enumerate(itertools.product(*offers)):
             if not self._legal(letters, combo):
                 continue
@@ -264,7 +272,7 @@ def picker(places: Sequence[int]) -> Callable[[list[Any]], Sequence[Any]]:
     return itemgetter(*places)
 
 
-def strategies(op: Op, letters: Letters, specs: Sequence[Spec]) -> Iterator[Strategy]:
+def strategies(op: Op, letters: Letters, specs: Sequence[Spec], attrs: dict[str, Any]) -> Iterator[Strategy]:
     """Every way to run `op` along one mesh axis."""
     n_in, n_out = len(letters.ins), len(letters.outs)
     yield Strategy((REPLICATE,) * n_in, (REPLICATE,) * n_out, "")
@@ -284,7 +292,7 @@ def strategies(op: Op, letters: Letters, specs: Sequence[Spec]) -> Iterator[Stra
         outs: tuple[Placement, ...] = tuple(
             text.index(letter) if letter in text else letters.combine for text in letters.outs)
         yield Strategy(ins, outs, letter)
-    for group in ([tuple(range(n_in))] if op.linear == "joint" else op.linear):
+    for group in op.linear_sets([s.dtype for s in specs], attrs):
         if not any(i >= n_in or specs[i].weak for i in group):
             yield Strategy(
                 tuple("sum" if i in group else REPLICATE for i in range(n_in)), ("sum",) * n_out, ""

@@ -101,6 +101,10 @@ class Session:
         self.closed = False
         self.thread = get_ident()           # the one thread that may use this session
         self.grad_enabled = True
+        self.autocast: Any = None           # the tape's: the region of autocast that ops are recorded in,
+        self.regions: dict[Any, Any] = {}   # the regions that there were, by dtype,
+        self.nested = 0                     # how many of them are entered now,
+        self.casts: dict[Any, Any] = {}     # and the casts that these share
         self.precision = "highest"          # of products of float32: see runtime.protocol.Program
         self.site: Site | None = None       # set while the tape or an optimizer records on the user's behalf
         self.seed = 0

@@ -133,7 +133,8 @@ def linear_ways(case: Case) -> Iterator[Way]:
     """Every set of inputs through which Partial("sum") passes. Booleans are never Partial("sum")."""
     n = len(case.inputs)
     eligible = {i for i, x in enumerate(case.inputs) if isinstance(x, np.ndarray) and x.dtype != bool}
-    for group in [tuple(range(n))] if case.op.linear == "joint" else case.op.linear:
+    dtypes = [x.dtype if isinstance(x, np.ndarray) else type(x) for x in case.inputs]
+    for group in case.op.linear_sets(dtypes, case.attrs):
         if eligible.issuperset(group):
             yield Way(f"linear{group}", tuple("sum" if i in group else REPLICATE for i in range(n)),
                       ("sum",) * len(case.out_shapes))

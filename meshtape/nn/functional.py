@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from meshtape.autograd import Tensor, apply, as_tensor
+from meshtape.autograd.autocast import wide
 from meshtape.elementwise import where
 from meshtape.manipulation import broadcast_to
 from meshtape.nn.batchnorm_functions import batch_norm, group_norm, instance_norm
@@ -109,12 +110,12 @@ def rms_norm(input: Any, normalized_shape: int | Sequence[int], weight: Tensor |
 
     Zhang, Sennrich 2019, arXiv:1910.07467.
     """
-    x = _t(input)
+    x = wide(_t(input))
     over = _normalized(x, normalized_shape, "rms_norm")
     axes = tuple(range(x.ndim - over, x.ndim))
-    wide = x.astype("float32") if x.dtype.itemsize == 2 else x
+    long = x.astype("float32") if x.dtype.itemsize == 2 else x
     small = float(np.finfo("float32" if x.dtype.itemsize == 2 else x.dtype).eps) if eps is None else eps
-    out = wide * _call("rsqrt", (wide * wide).mean(axes, keepdims=True) + small)
+    out = long * _call("rsqrt", (long * long).mean(axes, keepdims=True) + small)
     out = out.astype(x.dtype)
     return out if weight is None else out * weight
 
@@ -146,7 +147,7 @@ def dropout(input: Any, p: float = 0.5, training: bool = True) -> Tensor:
 def normalize(input: Any, p: float = 2.0, dim: int | None = None, eps: float = 1e-12,
               axis: int | None = None) -> Tensor:
     """x / max(p-norm of x along `dim`, eps); dim is 1 unless given."""
-    x = _t(input)
+    x = wide(_t(input))
     over = normalize_axis(pick_axis(axis, dim, 1), x.ndim, "normalize")
     if p == 2.0:
         length = (x * x).sum(over, keepdims=True).sqrt()

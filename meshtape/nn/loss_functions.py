@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from meshtape.autograd import Tensor, apply, as_tensor
+from meshtape.autograd.autocast import wide
 from meshtape.elementwise import where
 from meshtape.manipulation import broadcast_to
 from meshtape.runtime.dtypes import is_floating
@@ -48,7 +49,7 @@ def cross_entropy(input: Any, target: Any, weight: Tensor | None = None, ignore_
     (arXiv:1512.00567, section 7). Raises ShapeError, DTypeError, ValueError.
     """
     _check("cross_entropy", reduction)
-    x, y = _t(input), _t(target)
+    x, y = wide(_t(input)), _t(target)
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"cross_entropy: label_smoothing is {label_smoothing}; use a number between 0 and 1")
     if y.shape == x.shape and is_floating(y.dtype):
@@ -97,7 +98,7 @@ def nll_loss(input: Any, target: Any, weight: Tensor | None = None, ignore_index
     The mean is over the targets that are not `ignore_index`, by the weight of their class if given.
     """
     _check("nll_loss", reduction)
-    logp, y = _t(input), _t(target)
+    logp, y = wide(_t(input)), _t(target)
     _class_axis(logp, "nll_loss")
     losses = _call("nll", logp, y, ignore_index=int(ignore_index))
     if weight is None:
@@ -145,7 +146,7 @@ def binary_cross_entropy_with_logits(input: Any, target: Any, weight: Tensor | N
     """
     name = "binary_cross_entropy_with_logits"
     _check(name, reduction)
-    x, y = _t(input), _t(target)
+    x, y = wide(_t(input)), wide(_t(target))
     if x.shape != y.shape:
         raise ShapeError(f"{name}: input {x.shape} and target {y.shape} must have one shape")
     if not is_floating(y.dtype):
@@ -164,7 +165,7 @@ def binary_cross_entropy_with_logits(input: Any, target: Any, weight: Tensor | N
 
 def _difference(name: str, input: Any, target: Any, reduction: str) -> Tensor:
     _check(name, reduction)
-    return _t(input) - _t(target)
+    return wide(_t(input)) - wide(_t(target))
 
 
 def mse_loss(input: Any, target: Any, reduction: str = "mean") -> Tensor:

@@ -74,6 +74,7 @@ def _softplus_vjp(g: Any, out: Any, x: Any, beta: float, threshold: float) -> An
 
 softplus = unary(
     "softplus", _softplus, floated(COMPLEX), attrs={"beta": 1.0, "threshold": 20.0}, keeps="x",
+    autocast="float32",
     elementwise="where(x * beta > threshold, x, (max(x * beta, 0) + log1p(exp(-abs(x * beta)))) / beta)",
     vjp=(_softplus_vjp,),
     samples=lambda: [*unary_samples()(), *unary_samples(-8, 8, kinds="f", beta=2.0, threshold=5.0)()])

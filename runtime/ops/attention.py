@@ -258,6 +258,7 @@ def _grad_samples() -> list[Sample]:
 attention: Op = register(Op(
     "attention", kernel=_attention, attrs=ATTENTION, shape=_attention_shape, dtype=_attention_dtype,
     axes=_attention_axes, local=attention_local, n_out=2, vjp=_attention_vjp, keeps="q k v mask out0 out1",
+    autocast="low",
     samples=_samples))
 attention_grad: Op = register(Op(
     "attention_grad", kernel=_attention_grad, attrs=ATTENTION, shape=_grad_shape, dtype=_grad_dtype,

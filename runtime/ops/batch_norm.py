@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from meshtape.runtime.dtypes import is_floating
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import ALPHABET, IO, Axes, Op, Sample, register
 from meshtape.runtime.ops.contraction import widen
@@ -231,7 +232,8 @@ def _norm_shape(x: Shape, *channels: Shape, training: bool) -> list[Shape]:
 
 
 def _norm_dtype(x: Any, mean: Any, rstd: Any, weight: Any, bias: Any, training: bool) -> tuple[Any, Any]:
-    found = floated(COMPLEX)("batch_norm")(x, weight, bias)[1][0]
+    low = is_floating(x) and x.itemsize == 2        # weights of float32 do not widen an input of 16 bits
+    found = floated(COMPLEX)("batch_norm")(*((x,) if low else (x, weight, bias)))[1][0]
     return (found, *(accumulator(found),) * 4), (found,)
 
 

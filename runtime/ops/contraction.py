@@ -148,7 +148,7 @@ def _matmul_samples() -> list[Sample]:
 
 matmul: Op = register(Op(
     "matmul", kernel=_matmul, attrs={"transpose_x": False, "transpose_y": False}, shape=_matmul_shape,
-    dtype=promoted(BOOL)("matmul"), axes=_matmul_axes, linear=((0,), (1,)), keeps="x y",
+    dtype=promoted(BOOL)("matmul"), axes=_matmul_axes, linear=((0,), (1,)), keeps="x y", autocast="low",
     vjp=(_matmul_vjp_x, _matmul_vjp_y), samples=_matmul_samples, device=by_blas(_matmul_on_device)))
 
 
@@ -194,7 +194,7 @@ def _linear(xp: Any, x: Any, w: Any, b: Any, out: Any = None) -> Any:
 
 linear: Op = register(Op(
     "linear", kernel=_linear, shape=_linear_shape, dtype=promoted(BOOL)("linear"), axes=_linear_axes,
-    linear=((0, 2), (1, 2)), keeps="x w",
+    linear=((0, 2), (1, 2)), keeps="x w", autocast="low",
     device=by_blas(lambda dev, x, w, b, out=None: dev.blas.linear(x, w, b, out)),
     vjp=(lambda g, out, x, w, b: matmul(g, conjugate(w)),
          lambda g, out, x, w, b: linear_weight_grad(g, conjugate(x)),

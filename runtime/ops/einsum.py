@@ -258,4 +258,5 @@ einsum: Op = register(Op(
     "einsum", kernel=_einsum, attrs={"equation": REQUIRED, "shape": None}, shape=_einsum_shape,
     dtype=promoted(BOOL)("einsum"), axes=_einsum_axes, linear=tuple((i,) for i in range(16)),
     local=_einsum_local, vjp=_einsum_vjp, keeps="xs", samples=_einsum_samples,
+    autocast="low",
     device=by_blas(_einsum_on_device)))

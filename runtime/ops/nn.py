@@ -117,9 +117,9 @@ def _rowwise(name: str, rowwise: Callable[..., None], inputs: int, **columns: An
         dtype=floated(COMPLEX)(name), axes=_axis_axes, samples=_softmax_samples(inputs), **columns))
 
 
-softmax: Op = _rowwise("softmax", _softmax_rows, 1, keeps="out",
+softmax: Op = _rowwise("softmax", _softmax_rows, 1, keeps="out", autocast="float32",
                    vjp=(lambda g, out, x, axis: softmax_grad(g, out, axis=axis),))
-log_softmax: Op = _rowwise("log_softmax", _log_softmax_rows, 1, keeps="out",
+log_softmax: Op = _rowwise("log_softmax", _log_softmax_rows, 1, keeps="out", autocast="float32",
                        vjp=(lambda g, out, x, axis: log_softmax_grad(g, out, axis=axis),))
 
 
@@ -254,7 +254,7 @@ def _target_cases() -> list[tuple[Shape, Any]]:
 
 nll: Op = register(Op(
     "nll", kernel=_nll, attrs={"ignore_index": -100}, shape=_nll_shape, dtype=_nll_dtype, axes=_nll_axes,
-    linear=((0,),), keeps="target",
+    linear=((0,),), keeps="target", autocast="float32",
     vjp=(lambda g, out, logp, target, ignore_index: nll_grad(
         g, target, classes=logp.shape[class_axis(logp.ndim)], ignore_index=ignore_index), None),
     samples=lambda: [Sample((x, t)) for x, t in _target_cases()] + [
@@ -336,6 +336,7 @@ def _cross_entropy_samples() -> list[Sample]:
 cross_entropy: Op = register(Op(
     "cross_entropy", kernel=_cross_entropy, attrs=LOSS_ATTRS, shape=_cross_entropy_shape,
     dtype=_cross_entropy_dtype, axes=_cross_entropy_axes, n_out=3, keeps="target out2",
+    autocast="float32",
     vjp=(_cross_entropy_vjp, None), samples=_cross_entropy_samples))
 
 

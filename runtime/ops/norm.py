@@ -256,11 +256,12 @@ def _grad_samples(affine: bool) -> Callable[[], list[Sample]]:
 layer_norm: Op = register(Op(
     "layer_norm", kernel=_layer_norm, attrs=NORM_ATTRS, shape=_normalize_shape, dtype=_normalize_dtype,
     axes=_normalize_axes, n_out=3, vjp=_layer_norm_vjp, keeps="x weight out1 out2",
+    autocast="float32",
     samples=lambda: [Sample((s, s[len(s) - n:], s[len(s) - n:]), {"ndim": n, "eps": 0.1})
                      for s, n in _SHAPES]))
 normalize: Op = register(Op(
     "normalize", kernel=_normalize, attrs=NORM_ATTRS, shape=_normalize_shape, dtype=_normalize_dtype,
-    axes=_normalize_axes, n_out=3, vjp=_normalize_vjp, keeps="x out1 out2",
+    axes=_normalize_axes, n_out=3, vjp=_normalize_vjp, keeps="x out1 out2", autocast="float32",
     samples=lambda: [Sample((s,), {"ndim": n, "eps": 0.1}) for s, n in _SHAPES]))
 layer_norm_grad: Op = register(Op(
     "layer_norm_grad", kernel=_layer_norm_grad, attrs={"ndim": 1}, shape=_grad_shape, dtype=_grad_dtype,

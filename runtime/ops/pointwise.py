@@ -96,7 +96,7 @@ def _pow_samples() -> list[Sample]:
 
 
 pow_ = binary("pow", _pow, promoted(BOOL), elementwise="pow(x, y)", keeps="x y", vjp=(_pow_by_x, _pow_by_y),
-              samples=_pow_samples)
+              samples=_pow_samples, autocast="float32")
 
 negative = unary("negative", "negative", promoted(BOOL), elementwise="-x", linear=((0,),),
                  vjp=(lambda g, out, x: -g,), samples=unary_samples(kinds="fic"))
@@ -106,9 +106,10 @@ abs_ = unary("abs", "absolute", real_part(BOOL), elementwise="abs(x)", keeps="x"
              vjp=(lambda g, out, x: g * sign(x),), samples=unary_samples(kinds="fic"))
 sign: Op = unary("sign", "sign", promoted(BOOL), elementwise="sign(x)", vjp=(no_slope,))
 square = unary("square", "square", promoted(BOOL), elementwise="x * x", keeps="x", slope=lambda out, x: x * 2,
-               samples=unary_samples(kinds="fic"))
+               samples=unary_samples(kinds="fic"), autocast="float32")
 reciprocal = unary("reciprocal", "reciprocal", floated(), elementwise="1 / x", keeps="out",
-                   slope=lambda out, x: -(out * out), samples=unary_samples(0.5, 2.0, kinds="fc"))
+                   slope=lambda out, x: -(out * out), samples=unary_samples(0.5, 2.0, kinds="fc"),
+                   autocast="float32")
 conj = unary("conj", "conjugate", promoted(BOOL), linear=((0,),), vjp=(lambda g, out, x: conjugate(g),),
              samples=unary_samples(kinds="fic"))
 real = unary("real", lambda xp, x: x.real, real_part(), linear=((0,),), vjp=(lambda g, out, x: g,),
@@ -119,33 +120,41 @@ imag = unary("imag", lambda xp, x: x.imag, real_part(), linear=((0,),), vjp=(lam
 # --- elementary functions -----------------------------------------------------------------------------------
 
 exp = unary("exp", "exp", floated(), elementwise="exp(x)", keeps="out", slope=lambda out, x: out,
-            samples=unary_samples(kinds="fc"))
-expm1 = unary("expm1", "expm1", floated(), elementwise="expm1(x)", keeps="out", slope=lambda out, x: out + 1)
+            samples=unary_samples(kinds="fc"), autocast="float32")
+expm1 = unary("expm1", "expm1", floated(), elementwise="expm1(x)", keeps="out", slope=lambda out, x: out + 1,
+              autocast="float32")
 log = unary("log", "log", floated(), elementwise="log(x)", keeps="x",
-            vjp=(lambda g, out, x: g / conjugate(x),), samples=unary_samples(0.3, 3.0, kinds="fc"))
+            vjp=(lambda g, out, x: g / conjugate(x),), samples=unary_samples(0.3, 3.0, kinds="fc"),
+            autocast="float32")
 log1p = unary("log1p", "log1p", floated(), elementwise="log1p(x)", keeps="x",
-              vjp=(lambda g, out, x: g / conjugate(x + 1),), samples=unary_samples(-0.7, 3.0))
+              vjp=(lambda g, out, x: g / conjugate(x + 1),), samples=unary_samples(-0.7, 3.0),
+              autocast="float32")
 log2 = unary("log2", "log2", floated(), elementwise="log2(x)", keeps="x",
-             vjp=(lambda g, out, x: g / conjugate(x * math.log(2)),), samples=unary_samples(0.3, 3.0))
+             vjp=(lambda g, out, x: g / conjugate(x * math.log(2)),), samples=unary_samples(0.3, 3.0),
+             autocast="float32")
 log10 = unary("log10", "log10", floated(), elementwise="log10(x)", keeps="x",
-              vjp=(lambda g, out, x: g / conjugate(x * math.log(10)),), samples=unary_samples(0.3, 3.0))
+              vjp=(lambda g, out, x: g / conjugate(x * math.log(10)),), samples=unary_samples(0.3, 3.0),
+              autocast="float32")
 sqrt = unary("sqrt", "sqrt", floated(), elementwise="sqrt(x)", keeps="out",
              vjp=(lambda g, out, x: g * 0.5 / conjugate(out),), samples=unary_samples(0.3, 3.0))
 rsqrt = unary("rsqrt", lambda xp, x: 1 / xp.sqrt(x), floated(), elementwise="rsqrt(x)", keeps="out",
-              slope=lambda out, x: out * out * out * -0.5, samples=unary_samples(0.3, 3.0))
+              slope=lambda out, x: out * out * out * -0.5, samples=unary_samples(0.3, 3.0),
+              autocast="float32")
 
 sin = unary("sin", "sin", floated(), elementwise="sin(x)", keeps="x", slope=lambda out, x: cos(x))
 cos: Op = unary("cos", "cos", floated(), elementwise="cos(x)", keeps="x", slope=lambda out, x: -sin(x))
 tan = unary("tan", "tan", floated(), elementwise="tan(x)", keeps="out", slope=lambda out, x: out * out + 1,
-            samples=unary_samples(-1.2, 1.2))
+            samples=unary_samples(-1.2, 1.2), autocast="float32")
 asin = unary("asin", "arcsin", floated(), elementwise="asin(x)", keeps="x",
-             slope=lambda out, x: rsqrt(1 - x * x), samples=unary_samples(-0.9, 0.9))
+             slope=lambda out, x: rsqrt(1 - x * x), samples=unary_samples(-0.9, 0.9), autocast="float32")
 acos = unary("acos", "arccos", floated(), elementwise="acos(x)", keeps="x",
-             slope=lambda out, x: -rsqrt(1 - x * x), samples=unary_samples(-0.9, 0.9))
+             slope=lambda out, x: -rsqrt(1 - x * x), samples=unary_samples(-0.9, 0.9), autocast="float32")
 atan = unary("atan", "arctan", floated(), elementwise="atan(x)", keeps="x",
              slope=lambda out, x: reciprocal(x * x + 1))
-sinh = unary("sinh", "sinh", floated(), elementwise="sinh(x)", keeps="x", slope=lambda out, x: cosh(x))
-cosh: Op = unary("cosh", "cosh", floated(), elementwise="cosh(x)", keeps="x", slope=lambda out, x: sinh(x))
+sinh = unary("sinh", "sinh", floated(), elementwise="sinh(x)", keeps="x", slope=lambda out, x: cosh(x),
+             autocast="float32")
+cosh: Op = unary("cosh", "cosh", floated(), elementwise="cosh(x)", keeps="x", slope=lambda out, x: sinh(x),
+                 autocast="float32")
 tanh = unary("tanh", "tanh", floated(), elementwise="tanh(x)", keeps="out",
              slope=lambda out, x: 1 - out * out)
 asinh = unary("asinh", "arcsinh", floated(), elementwise="asinh(x)", keeps="x",
@@ -299,10 +308,11 @@ def _cast_rule(name: str) -> DTypeRule:
     return lambda x, dtype: ((x,), (dtypes.canonical(dtype),))
 
 
-# Not declared linear: the column is static, and a cast to an integer or to a narrower float is not.
+# Addends that are widened stay addends of the same sum; a cast to an integer or a narrower float rounds.
 astype = unary(
     "astype", lambda xp, x, dtype: x.astype(dtypes.canonical(dtype), copy=False), _cast_rule,
     attrs={"dtype": REQUIRED}, vjp=(lambda g, out, x, dtype: g,),
+    linear=lambda x, dtype: ((0,),) if dtypes.widens(x, dtypes.canonical(dtype)) else (),
     samples=lambda: [*unary_samples(kinds="fi", dtype="float64")(),
                      *unary_samples(diff=False, dtype="float32")(),
                      *unary_samples(kinds="fib", diff=False, dtype="int32")(),

@@ -127,7 +127,7 @@ class Layer:
         row = register(Op(
             self.name, kernel=kernel, shape=self.shape, dtype=self.dtype, axes=self.axes, n_out=self.n_out,
             vjp=self.vjp, keeps=f"{inputs} {outs}", samples=self.samples(False),
-            attrs=attrs))
+            attrs=attrs, autocast="low"))
         grad = register(Op(
             f"{self.name}_grad", kernel=grad_kernel, shape=self.grad_shape, dtype=self.grad_dtype,
             axes=self.grad_axes, n_out=self.n_in, linear=(tuple(range(self.n_out)),),

@@ -139,7 +139,7 @@ def _unsum(g: Any, out: Any, x: Any, axis: Axis, keepdims: bool, **attrs: Any) -
 
 sum_ = register(Op(
     "sum", _sum, attrs={"axis": None, "keepdims": False, "dtype": None}, shape=shape_of("sum"),
-    dtype=_sum_rule, axes=axes_of("sum"), linear=((0,),), vjp=(_unsum,),
+    dtype=_sum_rule, axes=axes_of("sum"), linear=((0,),), vjp=(_unsum,), autocast="float32",
     samples=lambda: [*reductions(kinds="ibc")(), *reductions(kinds="ib", diff=False, dtype="float32")()]))
 
 
@@ -246,7 +246,7 @@ def _logsumexp_vjp(g: Any, out: Any, x: Any, axis: Axis, keepdims: bool) -> Any:
 logsumexp = register(Op(
     "logsumexp", _logsumexp, attrs={"axis": None, "keepdims": False}, shape=shape_of("logsumexp"),
     dtype=floated(COMPLEX)("logsumexp"), axes=axes_of(""), vjp=(_logsumexp_vjp,), keeps="x out",
-    samples=reductions(kinds="i")))
+    samples=reductions(kinds="i"), autocast="float32"))
 
 
 # --- products -----------------------------------------------------------------------------------------------
@@ -287,7 +287,8 @@ def _prod_samples() -> list[Sample]:
 
 prod_ = register(Op(
     "prod", _prod, attrs={"axis": None, "keepdims": False, "dtype": None}, shape=shape_of("prod"),
-    dtype=_sum_rule, axes=axes_of(""), vjp=(_prod_vjp,), keeps="x", samples=_prod_samples))
+    dtype=_sum_rule, axes=axes_of(""), vjp=(_prod_vjp,), keeps="x", samples=_prod_samples,
+    autocast="float32"))
 
 
 # --- extremes -----------------------------------------------------------------------------------------------

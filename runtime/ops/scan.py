@@ -53,6 +53,7 @@ cumsum: Op = register(Op(
     dtype=_scanned_dtype,
     axes=line_axes(),
     linear=((0,),),
+    autocast="float32",
     vjp=(lambda g, out, x, axis, reverse: cumsum(g, axis=axis, reverse=not reverse),),
     samples=lambda: _scan_samples(-2.0, 2.0)))
 
@@ -84,6 +85,7 @@ cumprod: Op = register(Op(
     shape=line_shape("cumprod"),
     dtype=_scanned_dtype,
     axes=line_axes(),
+    autocast="float32",
     vjp=(_cumprod_vjp,),
     keeps="x out",
     samples=lambda: _scan_samples(-1.5, 1.5)))

@@ -166,7 +166,8 @@ def _grad_samples() -> list[Sample]:
 # Outputs and masks are those of `attention`.
 self_attention: Op = register(Op(
     "self_attention", kernel=_kernel, attrs=ATTENTION, shape=_shape, dtype=_dtype, axes=_axes,
-    local=attention_local, n_out=2, vjp=_vjp, keeps="qkv mask out0 out1", samples=_samples))
+    local=attention_local, n_out=2, vjp=_vjp, keeps="qkv mask out0 out1", samples=_samples,
+    autocast="low"))
 self_attention_grad: Op = register(Op(
     "self_attention_grad", kernel=_grad_kernel, attrs=ATTENTION, shape=_grad_shape, dtype=_grad_dtype,
     axes=_grad_axes, local=_grad_local, linear=((0, 1),), vjp=_grad_vjp, keeps="g delta qkv lse mask",
