@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import emulator
 import numpy as np
 import pytest
 
-import emulator
 import meshtape as mt
 from meshtape.cluster.local import InlineMesh
 from meshtape.runtime.collectives.threads import ThreadGroup

@@ -110,7 +110,7 @@ def test_blocks_that_move_are_copied_to_where_a_graph_reads_them(use: Any) -> No
     h, w = mt.zeros((3, 4)), mt.tensor(np.linspace(-1, 1, 16, dtype=np.float32).reshape(4, 4))
     want = np.zeros((3, 4), np.float32)
     seen = []
-    for step in range(9):
+    for _ in range(9):
         h = mt.tanh(h @ w + 0.5)            # no operation writes its result over h
         mt.flush()
         seen.append(h)
