@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from meshtape.runtime import dtypes
+from meshtape.runtime.cuda.kernels import optim as device_kernels
 from meshtape.runtime.errors import DTypeError, ShapeError
 from meshtape.runtime.op import REQUIRED, Axes, Op, Sample, register
 from meshtape.runtime.ops.contraction import widen
@@ -166,7 +167,7 @@ def _sgd(xp: Any, lr: float, momentum: float, dampening: float, weight_decay: fl
 
 
 sgd_update: Op = register(Op(
-    "sgd_update", kernel=_sgd, over=_over(4, 1),
+    "sgd_update", kernel=_sgd, over=_over(4, 1), device=device_kernels.SGD_UPDATE,
     attrs={"n": REQUIRED, "nesterov": False, "maximize": False, "has_momentum": False},
     **_columns("sgd_update", 4, lambda has_momentum, **attrs: int(has_momentum)),
     samples=lambda: [
@@ -241,7 +242,7 @@ def _adam_samples() -> list[Sample]:
 
 
 adam_update: Op = register(Op(
-    "adam_update", kernel=_adam, over=_over(6, 1),
+    "adam_update", kernel=_adam, over=_over(6, 1), device=device_kernels.ADAM_UPDATE,
     attrs={"n": REQUIRED, "decoupled": False, "amsgrad": False, "maximize": False},
     **_columns("adam_update", 6, lambda amsgrad, **attrs: 3 if amsgrad else 2), samples=_adam_samples))
 
@@ -274,6 +275,6 @@ def _squares_axes(*shapes: Shape) -> Axes:
 # the sum of squares, so a Partial input is reduced first. Sharded tensors are best given one by one.
 sum_of_squares: Op = register(Op(
     "sum_of_squares", kernel=_sum_of_squares, shape=lambda *shapes: [()], dtype=_squares_dtype,
-    axes=_squares_axes,
+    axes=_squares_axes, device=device_kernels.SUM_OF_SQUARES,
     samples=lambda: [Sample(((5, 3), (4,), ()), diff=False), Sample(((5, 3),), diff=False),
                      Sample(((0, 3), (1,)), diff=False)]))
