@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
+
+# Functions of order and of truth that CuPy has no loops of bfloat16 for.
+_WITHOUT_BFLOAT16 = ("argmax", "argmin", "any", "all", "count_nonzero")
 
 
 class ArrayModule:
@@ -13,6 +17,8 @@ class ArrayModule:
 
     CuPy's own products cannot be part of a CUDA graph, cast float16 to float32 when batched, refuse batched
     bfloat16, and copy strided operands.
+
+    tables(make, *args): see runtime.tables; kept as long as the device, since graphs know their addresses.
 
     `__name__` is "cupy". All names are in the instance's dictionary, so looking one up costs what it costs on
     a module.
@@ -22,16 +28,18 @@ class ArrayModule:
         cp = device.cp
         self.__dict__.update((name, value) for name, value in vars(cp).items() if not name.startswith("_"))
         self.__name__ = "cupy"
-        self._cp = cp
+        self.tables = cache(lambda make, *args: tuple(cp.asarray(a) for a in make(*args)))
         self.matmul: Callable[..., Any] = cp.matmul if device.blas is None else device.blas.matmul
         self.dot = self._dot
         self.tensordot = self._tensordot
         self.einsum = self._einsum
         self.erf = self._erf
+        for name in _WITHOUT_BFLOAT16:
+            setattr(self, name, _widening(getattr(cp, name)))
         self._device_erf = device.libraries.special.erf
 
     def _erf(self, x: Any) -> Any:
-        """The error function of a real floating array, in its dtype; 16-bit floats are computed in float32."""
+        """The error function of a real floating array, in its dtype; of 16-bit floats by float32."""
         if x.dtype.itemsize >= 4:
             return self._device_erf(x)
         return self._device_erf(x.astype(np.float32)).astype(x.dtype)
@@ -87,6 +95,12 @@ class ArrayModule:
         if not letters:
             return x, term
         return x.sum(axis=tuple(term.index(c) for c in letters)), "".join(c for c in term if c not in letters)
+
+
+def _widening(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function on bfloat16 cast to float32, which changes neither order nor truth."""
+    return lambda x, *args, **kwargs: function(
+        x.astype(np.float32) if x.dtype.kind == "V" else x, *args, **kwargs)
 
 
 def _axis_lists(axes: Any, na: int, nb: int) -> tuple[list[int], list[int]]:

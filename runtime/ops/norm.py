@@ -148,9 +148,9 @@ def _grad_rows(xp: Any, g: Any, x: Any, mean_: Any, rstd: Any, weight: Any,
             h = rows.shift(v, -m, out=dx)           # times r it is h; the factor is left to columns
             product = xp.multiply(u, h, out=room[:len(u)])
             if weight is not None:
-                dweight += r @ product
-                dbias += xp.ones_like(r) @ u
-            mean_g, mean_gh = u @ factor / rows.width, product @ factor / rows.width
+                dweight += xp.matmul(r, product)
+                dbias += xp.matmul(xp.ones_like(r), u)
+            mean_g, mean_gh = (xp.matmul(a, factor) / rows.width for a in (u, product))
             rows.scale(h, -r * r * r * mean_gh, out=dx)
             rows.shift(dx, -r * mean_g, out=dx)
             dx += rows.scale(u, r, weight, out=product)

@@ -20,6 +20,7 @@ from meshtape.runtime.ops.contraction import widen
 from meshtape.runtime.ops.rules import COMPLEX, floated, promoted
 from meshtape.runtime.ops.windows import Pairs, in_order_of, meetings, placed, pool_counts, span, tap_meetings
 from meshtape.runtime.shards import Shape
+from meshtape.runtime.tables import tables
 
 Attrs = dict[str, Any]
 
@@ -119,15 +120,24 @@ def _max_pool(xp: Any, x: Any, kernel: Shape, stride: Shape, padding: Pairs, dil
 def _first_elements(xp: Any, size: Shape, kernel: Shape, stride: Shape, padding: Pairs, dilation: Shape,
                     count: Shape) -> tuple[tuple[Any, ...], Any]:
     """Index of every window's first element, and the number of the tap that meets it."""
+    places = tables(xp, _first_places, size, kernel, stride, padding, dilation, count)
+    if not places:
+        return tuple(slice(0, (n - 1) * s + 1, s) for n, s in zip(count, stride, strict=True)), 0
+    return places[:-1], places[-1]
+
+
+def _first_places(size: Shape, kernel: Shape, stride: Shape, padding: Pairs, dilation: Shape,
+                  count: Shape) -> tuple[np.ndarray[Any, Any], ...]:
+    """The indices and the numbers of _first_elements, or nothing if every window begins with its tap 0."""
     first = [np.array(f, np.int64) for f in _first_taps(size, kernel, stride, padding, dilation, count)]
     numbers = np.zeros((), np.int64)
     for k, f in zip(kernel, first, strict=True):
         numbers = numbers[..., None] * k + f
     if not numbers.any():
-        return tuple(slice(0, (n - 1) * s + 1, s) for n, s in zip(count, stride, strict=True)), 0
+        return ()
     places = [np.arange(n) * s - lo + f * apart for n, s, (lo, _), f, apart
               in zip(count, stride, padding, first, dilation, strict=True)]
-    return tuple(xp.asarray(p) for p in np.ix_(*places)), xp.asarray(numbers)
+    return *np.ix_(*places), numbers
 
 
 def _max_grad_shape(g: Shape, tap: Shape, size: Shape, **geometry: Any) -> list[Shape]:
@@ -224,14 +234,22 @@ def _divided(xp: Any, sums: Any, size: Shape, kernel: Shape, stride: Shape, padd
     """`sums` over the windows, divided by what each window counts."""
     if divisor is not None:
         return sums / sums.dtype.type(divisor)
+    counted, = tables(xp, _counted, size, kernel, stride, padding, sums.shape[2:], count_include_pad,
+                      sums.dtype)
+    return sums / counted
+
+
+def _counted(size: Shape, kernel: Shape, stride: Shape, padding: Pairs, count: Shape, count_include_pad: bool,
+             dtype: Any) -> tuple[np.ndarray[Any, Any]]:
+    """How many elements every window counts."""
     counted = np.ones(())
-    for n, k, s, (lo, hi), many in zip(size, kernel, stride, padding, sums.shape[2:], strict=True):
+    for n, k, s, (lo, hi), many in zip(size, kernel, stride, padding, count, strict=True):
         start = np.arange(many) * s - lo
         stop = np.minimum(start + k, n + hi)
         if not count_include_pad:
             start, stop = np.maximum(start, 0), np.minimum(stop, n)
         counted = counted[..., None] * (stop - start)
-    return sums / xp.asarray(counted.astype(sums.dtype))
+    return counted.astype(dtype),
 
 
 def _avg_pool(xp: Any, x: Any, kernel: Shape, stride: Shape, padding: Pairs, ceil_mode: bool,
@@ -272,12 +290,12 @@ def adaptive_bounds(n: int, m: int) -> list[tuple[int, int]]:
     return [(i * n // m, -(-(i + 1) * n // m)) for i in range(m)]
 
 
-def _averaging(n: int, m: int) -> np.ndarray[Any, Any]:
+def _averaging(n: int, m: int, dtype: Any) -> tuple[np.ndarray[Any, Any]]:
     """The (m, n) matrix that averages n elements over m windows."""
     found = np.zeros((m, n))
     for row, (start, stop) in zip(found, adaptive_bounds(n, m), strict=True):
         row[start:stop] = 1 / (stop - start)
-    return found
+    return found.astype(dtype),
 
 
 def _adaptive_shape(x: Shape, count: Shape) -> list[Shape]:
@@ -300,8 +318,8 @@ def _adaptive(backward: bool) -> Callable[..., Any]:
         (wanted,) = attrs.values()
         for d, m in enumerate(wanted, start=2):
             n = x.shape[d]
-            matrix = _averaging(m, n).T if backward else _averaging(n, m)
-            product = xp.tensordot(x, xp.asarray(matrix.astype(x.dtype)), axes=(d, 1))
+            matrix, = tables(xp, _averaging, *((m, n) if backward else (n, m)), x.dtype)
+            product = xp.tensordot(x, matrix, axes=(d, 0 if backward else 1))
             x = xp.moveaxis(product, -1, d)
         return x.astype(dtype, copy=False)
     return kernel

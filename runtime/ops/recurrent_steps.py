@@ -49,13 +49,19 @@ def joint_input(xp: Any, x: Any, h0: Any) -> Any:
 
 def joint_weights(xp: Any, w_ih: Any, w_hh: Any, bias: Any, order: Sequence[int], halved: int) -> Any:
     """(G, H + 1 + I, H) from torch's weights: gates in `order`, the first `halved` of them times 1/2."""
-    gates, (rows, width) = list(order), w_hh.shape
-    found = xp.empty((len(gates), width, width + 1 + w_ih.shape[1]), w_hh.dtype)
-    found[:, :, :width] = w_hh.reshape(rows // width, width, width)[gates]
-    found[:, :, width] = bias.reshape(rows // width, width)[gates] if hasattr(bias, "dtype") else bias
-    found[:, :, width + 1:] = w_ih.reshape(rows // width, width, w_ih.shape[1])[gates]
+    width = w_hh.shape[1]
+    found = xp.empty((len(order), width, width + 1 + w_ih.shape[1]), w_hh.dtype)
+    for gate, rows in zip(found, _rows_of(order, width), strict=True):
+        gate[:, :width] = w_hh[rows]
+        gate[:, width] = bias[rows] if hasattr(bias, "dtype") else bias
+        gate[:, width + 1:] = w_ih[rows]
     found[:halved] *= 0.5
     return found.swapaxes(1, 2)
+
+
+def _rows_of(order: Sequence[int], width: int) -> list[slice]:
+    """Where the gates of `order` lie among the rows of a weight."""
+    return [slice(gate * width, (gate + 1) * width) for gate in order]
 
 
 class Sweep:
@@ -86,7 +92,7 @@ class Sweep:
 
     def _gates(self, w: Any, order: list[int]) -> Any:
         """A weight as (1, G * H, K), its gates in `order`."""
-        return w.reshape(len(order), self.width, w.shape[1])[order].reshape(1, *w.shape)
+        return self.xp.concatenate([w[rows] for rows in _rows_of(order, self.width)])[None]
 
     def runs(self) -> Iterator[slice]:
         """Runs of steps. What belongs to a run is summed up when the next is asked for."""
@@ -108,7 +114,7 @@ class Sweep:
         batch = len(self.h0)
         rows = count * batch
         d, hidden, fed = (a[:count].reshape(rows, a.shape[2]) for a in (self.d, self.d_hidden, self.d_fed))
-        self.db += xp.ones(rows, d.dtype) @ d
+        self.db += xp.matmul(xp.ones(rows, d.dtype), d)
         self.dw_ih += xp.matmul(fed.T, self.x[steps].reshape(rows, self.x.shape[2]))
         first = 0 if steps.start else batch
         before = self.y[max(0, steps.start - 1):steps.stop - 1]
@@ -127,6 +133,8 @@ class Sweep:
                 self._ordered(db_ih, self.fed), self._ordered(db_hh, self.hidden)]
 
     def _ordered(self, a: Any, order: list[int]) -> Any:
-        found, shape = self.xp.empty_like(a), (len(order), self.width, *a.shape[1:])
-        found.reshape(shape)[order] = a.reshape(shape)
+        found = self.xp.empty_like(a)
+        for rows, part in zip(_rows_of(order, self.width), a.reshape(len(order), self.width, *a.shape[1:]),
+                              strict=True):
+            found[rows] = part
         return found

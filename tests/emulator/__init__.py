@@ -22,8 +22,8 @@ __all__ = ["SYNCHRONISATIONS", "check", "device", "libraries", "set_device_memor
 @lru_cache(maxsize=1)
 def libraries() -> Any:
     """The emulated libraries, as runtime.cuda.libraries.Libraries; the same object every time."""
-    from meshtape.runtime.cuda.libraries import Libraries
     from emulator import special
+    from meshtape.runtime.cuda.libraries import Libraries
     cupy = module()
     nccl, cudnn, cublas = part("nccl"), part("cudnn"), part("cublas")
     cupy.cuda.nccl = nccl
@@ -45,11 +45,13 @@ def device(**options: Any) -> Any:
 
 def module() -> Any:
     """The emulated module `cupy`."""
-    from emulator import functions, methods, runtime
+    from emulator import functions, methods, reductions, runtime
     from emulator.array import ndarray
     from emulator.ufuncs import UFUNCS, ufunc
     cupy: Any = ModuleType("cupy")
-    cupy.__dict__.update(functions.table())
+    found = functions.table()
+    cupy.__dict__.update(found | reductions.table(found))
+    cupy.lib = functions.lib()
     cupy.__dict__.update(UFUNCS)
     methods.install(cupy.__dict__)
     cupy.ndarray, cupy.ufunc, cupy.cuda = ndarray, ufunc, runtime.cuda()

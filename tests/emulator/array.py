@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
 from emulator import streams
 from emulator.memory import MemoryPointer, MemoryPool
 
@@ -69,7 +70,7 @@ class ndarray:
         self._data = memptr if memptr is not None else LOCAL.allocator(nbytes)
         self.base: ndarray | None = None
         start = self._data.ptr - self._data.mem.ptr
-        self._a: np.ndarray[Any, Any] = np.ndarray(shape, kind, self._data.mem.bytes if nbytes else b"",
+        self._a: np.ndarray[Any, Any] = np.ndarray(shape, kind, self._data.mem.bytes if nbytes else bytearray(),
                                                    start if nbytes else 0, strides, order)
 
     @staticmethod
@@ -395,9 +396,13 @@ def run_into(function: Callable[..., Any], targets: Sequence[Any], *args: Any, *
 
 def from_host(a: Any, dtype: Any = None, order: str | None = None) -> ndarray:
     """A device array with the values of an array (or number) of the host."""
-    streams.forbidden("a copy from memory of the host (cupy.array)")
     host = np.asarray(a, dtype=None if dtype is None else dtype_of(dtype))
     dtype_of(host.dtype)
+    if not host.ndim:       # by a kernel with the number as its argument
+        new = ndarray((), host.dtype)
+        new.fill(host[()])
+        return new
+    streams.forbidden("a copy from memory of the host (cupy.array)")
     fortran = order == "F" or (order in (None, "K", "A") and host.flags.fnc)
     new = ndarray(host.shape, host.dtype, order="F" if fortran else "C")
     new._a[...] = host

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import cupy as real
 import numpy as np
+
 from emulator import streams
 from emulator.array import Capsule, arrays_in, dtype_of, from_host, ndarray, plain, run, run_into
 
@@ -20,6 +22,7 @@ ABOUT = ("can_cast", "promote_types", "result_type", "issubdtype", "isscalar", "
 WAITS = ("nonzero", "argwhere", "flatnonzero", "unique", "unique_all", "unique_counts", "unique_inverse",
          "unique_values", "extract", "compress", "setdiff1d", "intersect1d", "union1d", "setxor1d", "in1d",
          "bincount", "histogram", "trim_zeros", "place", "delete", "array_equal", "allclose", "isin",
+         "sort", "argsort", "lexsort", "argpartition", "partition", "msort",  # thrust waits for its stream
          "array_repr", "array_str", "median", "percentile", "quantile", "choose", "interp", "digitize", "array2string")
 
 # Products that CuPy gives to cuBLAS, which it refuses inside a capture.
@@ -257,6 +260,41 @@ def take(a: Any, indices: Any, axis: Any = None, out: Any = None) -> Any:
 
 
 @own
+def put_along_axis(arr: Any, indices: Any, values: Any, axis: Any) -> None:
+    if not isinstance(indices, ndarray) or indices.dtype.kind not in "iu":
+        raise IndexError("`indices` must be an integer array")
+    if arr.ndim != indices.ndim:
+        raise ValueError("`indices` and `arr` must have the same number of dimensions")
+    kept = arr.shape[axis] if arr.ndim else 1
+
+    def put(to: Any, i: Any, v: Any) -> None:
+        np.put_along_axis(to, i % kept if kept else i, v, axis)
+
+    run_into(put, [arr], arr, indices, values)
+
+
+@own
+def take_along_axis(a: Any, indices: Any, axis: Any = None) -> Any:
+    if not isinstance(indices, ndarray) or indices.dtype.kind not in "iu":
+        raise IndexError("`indices` must be an integer array")
+    if axis is not None and a.ndim != indices.ndim:
+        raise ValueError("`indices` and `a` must have the same number of dimensions")
+    kept = a.size if axis is None else a.shape[axis]
+    return run(lambda x, i: np.take_along_axis(x, i % kept if kept else i, axis), a, indices)
+
+
+def _unsupported(name: str) -> Callable[..., Any]:
+    def called(*args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError(f"the emulation has no cupy.{name}")
+    return called
+
+
+for _name in ("put", "putmask", "place", "fill_diagonal", "apply_along_axis", "apply_over_axes", "piecewise",
+              "vectorize", "fromfunction", "frombuffer", "fromiter", "fromstring", "fromfile", "load", "save"):
+    OWN[_name] = _unsupported(_name)
+
+
+@own
 def get_array_module(*args: Any) -> Any:
     from emulator import libraries
     return libraries().cupy if any(isinstance(a, ndarray) for a in args) else np
@@ -278,3 +316,17 @@ def table() -> dict[str, Any]:
         elif name in real.__dict__ and hasattr(np, name) and type(there).__name__ != "ufunc":
             found[name] = there if there is getattr(np, name) else wrap(name)
     return found
+
+
+def lib() -> Any:
+    """cupy.lib."""
+    def as_strided(x: Any, shape: Any = None, strides: Any = None) -> ndarray:
+        shape, strides = x.shape if shape is None else tuple(shape), x.strides if strides is None else tuple(strides)
+        return ndarray._view(np.lib.stride_tricks.as_strided(x._a, shape, strides), x)
+
+    def sliding_window_view(x: Any, window_shape: Any, axis: Any = None, *, subok: bool = False,
+                            writeable: bool = False) -> ndarray:
+        return ndarray._view(np.lib.stride_tricks.sliding_window_view(x._a, window_shape, axis), x)
+
+    return SimpleNamespace(stride_tricks=SimpleNamespace(as_strided=as_strided,
+                                                         sliding_window_view=sliding_window_view))

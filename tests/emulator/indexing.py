@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+
 from emulator import streams
 from emulator.array import ndarray, run, run_into
 
@@ -88,24 +89,30 @@ def setitem(x: ndarray, key: Any, value: Any) -> None:
         raise TypeError(f"Unsupported type {type(value)}: an array of the host cannot be set here")
     if not isinstance(value, (ndarray, np.generic, int, float, complex, bool)):
         raise TypeError(f"Unsupported type {type(value)}")
-    if masked and len(arrays) > 1:
-        streams.synchronises("setting by a mask and other indices")
-    elif masked and isinstance(value, ndarray) and value.ndim > 0 and value.size > 1:
-        mask = arrays[0]
-        if value.ndim > x.ndim - mask.ndim or value.shape != x.shape[mask.ndim:]:
-            streams.synchronises("setting by a mask from an array")
+    if masked:
+        streams.synchronises("setting by a mask")
     if not arrays:
-        full = x._a[(*parts, Ellipsis) if Ellipsis not in parts else parts].shape
+        target = x._a[(*parts, Ellipsis) if Ellipsis not in parts else parts]
+        full = target.shape
         given = value.shape if isinstance(value, ndarray) else ()
         while len(given) > len(full) and given[0] == 1:
             given = given[1:]
         if np.broadcast_shapes(full, given) != full:
             raise ValueError(f"could not broadcast input array from shape {given} into shape {full}")
+        check_overlap(ndarray._view(target, x), value)
 
     def put(a: Any, v: Any) -> None:
         a[wrapped(a, parts)] = v
 
     run_into(put, [x], x, value)
+
+
+def check_overlap(to: ndarray, value: Any) -> None:
+    """CuPy copies between equal dense layouts by memcpy, which must not overlap."""
+    if (isinstance(value, ndarray) and to.shape == value.shape and to.strides == value.strides
+            and to.flags.c_contiguous and to.dtype == value.dtype and to.data.ptr != value.data.ptr):
+        apart = abs(to.data.ptr - value.data.ptr)
+        assert not to.size or apart >= to.nbytes, "memory copied to overlaps with memory copied from"
 
 
 def scatter(function: Any, name: str, x: ndarray, key: Any, value: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import cupy as real
 import numpy as np
+
 from emulator import streams
 from emulator.array import ndarray, run_into
 

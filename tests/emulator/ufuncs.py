@@ -9,9 +9,10 @@ from typing import Any
 
 import cupy as real
 import numpy as np
+from ml_dtypes import bfloat16
+
 from emulator import streams
 from emulator.array import ndarray, plain, run, run_into
-from ml_dtypes import bfloat16
 
 RENAMED = {"fix": np.trunc, "bitwise_left_shift": np.left_shift, "bitwise_right_shift": np.right_shift}
 
@@ -61,13 +62,10 @@ class ufunc:
     def _loop(self, ins: Any, dtype: Any) -> Any:
         ops = self._real._ops
         if dtype is not None:
-            op = ops._guess_routine_from_dtype(np.dtype(dtype))
-            if op is None:
-                op = ops._guess_routine_from_dtype(np.dtype(dtype).type)
+            op = (self._real._out_ops or ops)._guess_routine_from_dtype(np.dtype(dtype))
         else:
             weaks = tuple(type(x) if type(x) in (int, float, complex) else False for x in ins)
-            types = tuple(x.dtype.type if isinstance(x, (ndarray, np.generic)) else np.asarray(x).dtype.type
-                          for x in ins)
+            types = tuple(x.dtype if isinstance(x, (ndarray, np.generic)) else np.asarray(x).dtype for x in ins)
             if all(weaks):
                 weaks = (False,) * len(ins)
             op = ops._guess_routine_from_in_types(types, weaks)
@@ -85,7 +83,7 @@ class ufunc:
                 continue
             if x.shape != shape:
                 raise ValueError(f"Out shape is mismatched: {x.shape} given, {shape} made by {self.name}")
-            if not np.can_cast(kind, x.dtype, casting):  # type: ignore[arg-type]
+            if not real.can_cast(kind, x.dtype, casting):  # type: ignore[arg-type]
                 raise TypeError(f"output (typecode '{kind.char}') could not be coerced to provided output parameter "
                                 f"(typecode '{x.dtype.char}') according to the casting rule \"{casting}\"")
         wide = [np.dtype(np.float32) if t == bfloat16 else t for t in in_types]
