@@ -136,3 +136,52 @@ def test_training_with_replays_equals_training_without(use: Any) -> None:
     assert mt.stats()["graphs"][0]["replays"] >= 3
     for a, b in zip(got, wanted, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def drawn() -> list[np.ndarray]:
+    """Initial weights, dropout masks and samples after one seed."""
+    mt.manual_seed(11)
+    layer, recurrent = nn.Linear(37, 19), nn.LSTM(5, 7)
+    mask = nn.functional.dropout(mt.ones((33, 41)), 0.3)
+    made = [*layer.parameters(), *recurrent.parameters(), mask, mt.random.normal(shape=(31, 3)),
+            mt.random.uniform(shape=(1001,)), mt.random.randint(0, 1000, shape=(77,))]
+    return [t.numpy() for t in made]
+
+
+def test_random_numbers_have_the_bits_of_a_cpu(use: Any) -> None:
+    mt.shutdown()
+    wanted = drawn()
+    use()
+    for got, want in zip(drawn(), wanted, strict=True):
+        np.testing.assert_array_equal(got, want)
+
+
+def classify_digits(steps: int = 12) -> list[Any]:
+    """Losses while a small network learns handwritten digits, and what it then takes the first ones for."""
+    from sklearn.datasets import load_digits
+    images, labels = load_digits(return_X_y=True)
+    mt.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Dropout(0.1), nn.Linear(32, 10))
+    opt = optim.AdamW(model.parameters(), lr=1e-2)
+    losses: list[Any] = []
+    images = (images / 16).astype("float32")
+    for x, y in mt.data.DataLoader((images, labels), batch_size=64, shuffle=True, seed=0):
+        loss = nn.functional.cross_entropy(model(x), y)
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+        losses.append(loss)
+        if len(losses) == steps:
+            break
+    model.eval()
+    return [np.array([loss.item() for loss in losses]), model(mt.tensor(images[:64])).numpy()]
+
+
+def test_digits_are_learned_as_on_a_cpu(use: Any) -> None:
+    mt.shutdown()
+    losses, scores = classify_digits()
+    use()
+    found = classify_digits()
+    np.testing.assert_allclose(found[0], losses, rtol=1e-4)
+    np.testing.assert_allclose(found[1], scores, rtol=1e-3, atol=1e-4)
+    assert losses[-1] < losses[0]
