@@ -32,7 +32,7 @@ class CheckedCommunicator(Communicator):
     recorded in a CUDA graph: they begin work on the current stream and wait for nothing.
     """
 
-    array: type
+    array: Any
     capturable = False
 
     def __init__(self, rank: int, size: int, timeout: float) -> None:

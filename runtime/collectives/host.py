@@ -22,8 +22,8 @@ class HostCommunicator(CheckedCommunicator):
 
     @abstractmethod
     def poll(self, needed: bool) -> None:
-        """Without waiting: raise CommAborted if anyone aborted and, if the peers are `needed`, PeerLost if one
-        is gone. Another thread than that of the verbs may call it while no verb is under way.
+        """Without waiting: raise CommAborted if anyone aborted, and PeerLost if one of the peers is gone and
+        they are `needed`. Another thread than that of the verbs may call it while no verb is under way.
         """
 
     def _empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> HostArray:

@@ -86,14 +86,14 @@ class Memory:
         for where, guard in (("before", self._before), ("behind", self._behind),
                              ("behind", self.bytes[self.asked:])):
             if guard.size and not (guard == CANARY).all():
-                HARDWARE.damage.append(f"{self.asked} bytes at {self.ptr:#x}: something was written {where} them")
+                HARDWARE.damage.append(f"{self.asked} bytes at {self.ptr:#x}: written {where} them")
                 guard[:] = CANARY
 
     def __del__(self) -> None:
+        # It may have gone back to its pool before, and into use: garbage is finalised one by one.
         if hasattr(self, "asked"):
             with HARDWARE.lock:
                 HARDWARE.used -= self.size
-                self.bytes[:self.asked] = POISON        # the guards stay: a block may be inspected after this
 
 
 class PooledMemory:
@@ -124,7 +124,9 @@ class UnownedMemory:
 
 def bytes_at(ptr: int, size: int) -> np.ndarray[Any, Any]:
     """The memory at an address, as an array of bytes."""
-    return np.frombuffer((ctypes.c_uint8 * size).from_address(ptr), np.uint8) if size else np.empty(0, np.uint8)
+    if not size:
+        return np.empty(0, np.uint8)
+    return np.frombuffer((ctypes.c_uint8 * size).from_address(ptr), np.uint8)
 
 
 class MemoryPointer:
