@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from meshtape.runtime.cuda import cublas
 from meshtape.runtime.cuda.gemm import Plan, broadcast, plan
 from meshtape.runtime.cuda.kernels.integer_matmul import INTEGER_MATMUL, TILE, TYPES
+from meshtape.runtime.cuda.lt import BIAS, Lt
 from meshtape.runtime.errors import ShapeError
 
 # What is summed in which type: 16-bit floats in float32. The number is cuBLAS's for the operands' type.
@@ -18,12 +20,18 @@ _SCALES = {"float16": np.float32, "bfloat16": np.float32, "float32": np.float32,
 _SIXTEEN = ("float16", "bfloat16")
 
 
+def as_rows(x: Any) -> Any:
+    """(..., n) as a matrix; a view where x is in C order."""
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1])
+
+
 class Blas:
     """Products of device arrays on the current stream, on a handle and workspace of its own.
 
     A handle is made once; its stream and workspace are set when the stream changes, which a capture allows.
     Each stream has a workspace of its own, so equal calls give equal bits.
 
+    lt      products with epilogues (runtime.cuda.lt.Lt), or None without cublasLt
     tf32    whether float32 (and complex64) is multiplied with 10 bits of mantissa; read at every call, and
             kept by graphs as it was when they were captured
     """
@@ -41,6 +49,8 @@ class Blas:
             self._binding.set_math_mode(self._handle, cublas.DISALLOW_REDUCED_PRECISION_REDUCTION)
             with device.stream:
                 self._go_to(device.stream.ptr)
+                lt = device.libraries.cublaslt
+                self.lt = None if lt is None else Lt(lt, self._workspace, self._scalar)
 
     def close(self) -> None:
         """Give the handle and the workspaces back."""
@@ -158,12 +168,18 @@ class Blas:
         """Let the handle's work go to a stream."""
         if stream == self._stream:
             return
+        address, size, _ = self._workspace(stream)
+        self._binding.set_stream(self._handle, stream)
+        self._binding.set_workspace(self._handle, address, size)
+        self._stream = stream
+
+    def _workspace(self, stream: int | None = None) -> tuple[int, int, int]:
+        """Address and size of a stream's workspace, and the stream; by default the current one."""
+        stream = self._cp.cuda.get_current_stream().ptr if stream is None else stream
         size = self._binding.workspace
         if stream not in self._workspaces:
             self._workspaces[stream] = self._device.pool.malloc(size)
-        self._binding.set_stream(self._handle, stream)
-        self._binding.set_workspace(self._handle, self._workspaces[stream].ptr, size)
-        self._stream = stream
+        return self._workspaces[stream].ptr, size, stream
 
     def _multiply_integers(self, a: Any, b: Any, out: Any, alpha: float, beta: float) -> Any:
         batch, (m, n), k = out.shape[:-2], out.shape[-2:], a.shape[-1]
@@ -191,11 +207,22 @@ class Blas:
         """
         if out is None:
             out = self._cp.empty((*x.shape[:-1], w.shape[0]), x.dtype)
-        rows = x if x.ndim > 1 else x[None, :]
-        to = out if x.ndim > 1 else out[None, :]
+        rows, to = (x, out) if x.ndim > 1 else (x[None, :], out[None, :])
         if b is None:
             self.gemm(rows, w, to, transpose_b=True)
-            return out
-        to[...] = b
-        self.gemm(rows, w, to, transpose_b=True, beta=1.0)
+        elif not self.finished(as_rows(x), w.T, out, BIAS, bias=b):
+            to[...] = b
+            self.gemm(rows, w, to, transpose_b=True, beta=1.0)
         return out
+
+    def finished(self, a: Any, b: Any, out: Any, epilogue: int, **operands: Any) -> bool:
+        """Compute out = a @ b with an epilogue (see Lt.find), where out (..., n) has as many rows as the
+        matrix a; False if nothing was done, because cublasLt cannot.
+        """
+        if self.lt is None or not out.flags.c_contiguous:
+            return False
+        call = self.lt.find(a, b, as_rows(out), epilogue, tf32=self.tf32, **operands)
+        if call is None:
+            return False
+        self.lt.run(call)
+        return True

@@ -35,7 +35,17 @@ def load() -> Libraries:
     from cupyx.scipy import special
 
     from meshtape.runtime.cuda import cublas
-    return Libraries(cupy, cublas.load(), special, nccl if nccl.available else None, cudnn=_cudnn())
+    return Libraries(cupy, cublas.load(), special, nccl if nccl.available else None,
+                     _cublaslt(), _cudnn())
+
+
+def _cublaslt() -> Any:
+    """cublasLt by nvmath-python; None if that, or what it is imported with, is not installed."""
+    try:
+        from nvmath.bindings import cublasLt
+    except ImportError:
+        return None
+    return cublasLt
 
 
 def _cudnn() -> Any:
