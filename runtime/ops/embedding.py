@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from meshtape.runtime.cuda.kernels import embedding as device_kernels
+from meshtape.runtime.cuda.kernels import scatter
 from meshtape.runtime.dtypes import canonical
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import ALPHABET, IO, REQUIRED, Axes, Op, Sample, register
@@ -55,6 +57,7 @@ def _cases() -> list[tuple[Any, int, int, int | None]]:
 embedding: Op = register(Op(
     "embedding",
     kernel=_embedding,
+    device=device_kernels.EMBEDDING,
     attrs={"padding_idx": None},
     shape=_embedding_shape,
     dtype=lambda weight, indices, **attrs: ([weight, index_dtype("embedding", indices)], [weight]),
@@ -128,6 +131,7 @@ def _embedding_grad_vjp(g: Any, out: Any, x: Any, indices: Any, num_embeddings: 
 embedding_grad: Op = register(Op(
     "embedding_grad",
     kernel=_embedding_grad,
+    device=scatter.EMBEDDING_GRAD,
     attrs={"num_embeddings": REQUIRED, "padding_idx": None},
     shape=_embedding_grad_shape,
     dtype=lambda g, indices, **attrs: ([g, index_dtype("embedding_grad", indices)], [g]),

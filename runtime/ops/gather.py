@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from meshtape.runtime.cuda.kernels import scatter
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import ALPHABET, REQUIRED, Axes, Op, Sample, broadcast_shapes, register
 from meshtape.runtime.ops.index import accumulate, index_dtype, local_shape, require_in_range, wrapped
@@ -136,6 +137,7 @@ def _index_grad_axes(g: Shape, *indices: Shape, shape: Shape, dims: Ints, at: in
 index_grad: Op = register(Op(
     "index_grad",
     kernel=_index_grad,
+    device=scatter.INDEX_GRAD,
     attrs={"shape": REQUIRED, **PLACES},
     shape=_index_grad_shape,
     dtype=_index_dtype,
@@ -239,6 +241,7 @@ def _index_add(xp: Any, x: Any, value: Any, *indices: Any, dims: Ints, at: int) 
 index_add: Op = register(Op(
     "index_add",
     kernel=_index_add,
+    device=scatter.INDEX_ADD,
     attrs=PLACES,
     shape=_written_shape("index_add"),
     dtype=_written_dtype("index_add"),

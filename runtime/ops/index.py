@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from meshtape.runtime.cuda.kernels import embedding as device_kernels
+from meshtape.runtime.cuda.kernels import scatter
 from meshtape.runtime.dtypes import int64, kind
 from meshtape.runtime.errors import DTypeError, ShapeError
 from meshtape.runtime.op import ALPHABET, IO, REQUIRED, Axes, Op, Sample, normalize_axis, register
@@ -105,6 +107,7 @@ def _take_cases() -> list[tuple[Shape, Any, int]]:
 take: Op = register(Op(
     "take",
     kernel=_take,
+    device=device_kernels.TAKE_ROW,
     attrs={"axis": REQUIRED},
     shape=lambda x, indices, axis: [_taken("take", x, indices, axis)],
     dtype=lambda x, indices, axis: ([x, index_dtype("take", indices)], [x]),
@@ -140,6 +143,7 @@ def local_shape(attrs: Attrs, io: IO) -> Attrs:
 take_grad: Op = register(Op(
     "take_grad",
     kernel=_take_grad,
+    device=scatter.TAKE_GRAD,
     attrs={"shape": REQUIRED, "axis": REQUIRED},
     shape=_take_grad_shape,
     dtype=lambda g, indices, **attrs: ([g, index_dtype("take_grad", indices)], [g]),
@@ -194,6 +198,7 @@ def _along_cases() -> list[tuple[Shape, Any, int]]:
 take_along_axis: Op = register(Op(
     "take_along_axis",
     kernel=_take_along,
+    device=device_kernels.TAKE_ALONG,
     attrs={"axis": REQUIRED, "unique": False},
     shape=_along_shape,
     dtype=lambda x, indices, **attrs: ([x, index_dtype("take_along_axis", indices)], [x]),
@@ -243,6 +248,7 @@ def _along_grad_samples() -> list[Sample]:
 take_along_axis_grad: Op = register(Op(
     "take_along_axis_grad",
     kernel=_along_grad,
+    device=scatter.ALONG_GRAD,
     attrs={"extent": REQUIRED, "axis": REQUIRED, "unique": False},
     shape=_along_grad_shape,
     dtype=lambda g, indices, **attrs: ([g, index_dtype("take_along_axis_grad", indices)], [g]),
