@@ -27,7 +27,7 @@ def libraries() -> Any:
     cupy = module()
     nccl, cudnn, cublas = part("nccl"), part("cudnn"), part("cublas")
     cupy.cuda.nccl = nccl
-    return Libraries(cupy, cublas.Cublas(), special, nccl, cudnn=cudnn)
+    return Libraries(cupy, cublas.Cublas(), special, nccl, part("cublaslt"), cudnn)
 
 
 def part(name: str) -> Any:
