@@ -90,8 +90,9 @@ class DeviceKernel(NamedTuple):
     runtime.cuda.device.Device; attrs, `out`, and results are as for the plain kernel.
 
     numbers: how Python scalars arrive, one letter for each in the order of inputs: "d" and "i" as a 0-d array
-    on the device, of float64 or int64, "h" as the Python scalar itself. By default all are "h". A kernel that
-    takes arrays need not be captured again when a number changes.
+    on the device, of float64 or int64, "h" as the Python scalar itself. Where fewer inputs are scalars than
+    there are letters, the last letters are theirs. By default all are "h". A kernel that takes arrays need
+    not be captured again when a number changes.
     """
 
     run: Callable[..., Any]

@@ -159,7 +159,8 @@ def device_inputs(placed: Sequence[Placed], device: Any) -> tuple[Inputs, tuple[
 def scalar_letters(call: Call, ins: Sequence[int]) -> list[tuple[int, str]]:
     """(index, letter of DeviceKernel.numbers) of every scalar among the inputs."""
     scalars = [-1 - s for s in ins if s < 0]
-    return list(zip(scalars, call.numbers or "h" * len(scalars), strict=True))
+    letters = call.numbers or "h" * len(scalars)
+    return list(zip(scalars, letters[len(letters) - len(scalars):], strict=True))
 
 
 def given_numbers(call: Call, ins: Sequence[int], inputs: Inputs) -> tuple[tuple[int, Any], ...]:

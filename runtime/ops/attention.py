@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from meshtape.runtime import dtypes
+from meshtape.runtime.cuda import attention as device_kernels
 from meshtape.runtime.errors import DTypeError, ShapeError
 from meshtape.runtime.op import ALPHABET, IO, Axes, Op, Sample, broadcast_shapes, register
 from meshtape.runtime.ops.attention_blocks import Dropout, Scores, backward, entries, forward
@@ -36,6 +37,7 @@ from meshtape.runtime.shards import Shape
 
 Attrs = dict[str, Any]
 ATTENTION: Attrs = {"is_causal": False, "scale": 1.0, "p": 0.0, "offset": None, "whole": None}
+GRADIENT: Attrs = {**ATTENTION, "lse_grad": False}      # whether delta has a part from lse
 
 
 # --- rules ------------------------------------------------------------------------------------------
@@ -129,7 +131,8 @@ def delta_of(g: Any, out: Any) -> tuple[Any, Any]:
 def _attention_vjp(g: Any, out: Any, q: Any, k: Any, v: Any, mask: Any, seed: Any, draw: Any,
                    **attrs: Any) -> Any:
     by_out, delta = delta_of(g, out)
-    dq, dk, dv = attention_grad(by_out, delta, q, k, v, out[1], mask, seed, draw, **attrs)
+    dq, dk, dv = attention_grad(by_out, delta, q, k, v, out[1], mask, seed, draw, **attrs,
+                                lse_grad=g[1] is not None)
     return dq, dk, dv, None, None, None
 
 
@@ -163,7 +166,7 @@ def _grad_axes(g: Shape, delta: Shape, q: Shape, k: Shape, v: Shape, lse: Shape,
 
 def _attention_grad(xp: Any, g: Any, delta: Any, q: Any, k: Any, v: Any, lse: Any, mask: Any, seed: int,
                     draw: int, is_causal: bool, scale: float, p: float, offset: Shape | None,
-                    whole: Shape | None) -> Any:
+                    whole: Shape | None, lse_grad: bool = False) -> Any:
     results = [xp.empty_like(entries(widen(x), q.shape[:-2])) for x in (q, k, v)]
     attend_back(xp, g, delta, q, k, v, lse, mask, Dropout(p, seed, draw), results, is_causal=is_causal,
                 scale=scale, offset=offset, whole=whole)
@@ -258,9 +261,8 @@ def _grad_samples() -> list[Sample]:
 attention: Op = register(Op(
     "attention", kernel=_attention, attrs=ATTENTION, shape=_attention_shape, dtype=_attention_dtype,
     axes=_attention_axes, local=attention_local, n_out=2, vjp=_attention_vjp, keeps="q k v mask out0 out1",
-    autocast="low",
-    samples=_samples))
+    autocast="low", samples=_samples, device=device_kernels.ATTENTION))
 attention_grad: Op = register(Op(
-    "attention_grad", kernel=_attention_grad, attrs=ATTENTION, shape=_grad_shape, dtype=_grad_dtype,
+    "attention_grad", kernel=_attention_grad, attrs=GRADIENT, shape=_grad_shape, dtype=_grad_dtype,
     axes=_grad_axes, local=attention_local, n_out=3, linear=((0, 1),), vjp=second_derivative,
-    keeps="g delta q k v lse mask", samples=_grad_samples))
+    keeps="g delta q k v lse mask", samples=_grad_samples, device=device_kernels.ATTENTION_GRAD))

@@ -12,10 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from meshtape.runtime.cuda import attention as device_kernels
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import ALPHABET, IO, Axes, Op, Sample, broadcast_shapes, register
 from meshtape.runtime.ops.attention import (
     ATTENTION,
+    GRADIENT,
     Attrs,
     attend,
     attend_back,
@@ -110,7 +112,8 @@ def _kernel(xp: Any, qkv: Any, mask: Any, seed: int, draw: int, is_causal: bool,
 
 
 def _grad_kernel(xp: Any, g: Any, delta: Any, qkv: Any, lse: Any, mask: Any, seed: int, draw: int,
-                 is_causal: bool, scale: float, p: float, offset: Shape | None, whole: Shape | None) -> Any:
+                 is_causal: bool, scale: float, p: float, offset: Shape | None, whole: Shape | None,
+                 lse_grad: bool = False) -> Any:
     entries = widen(qkv).reshape(3, *two(qkv.shape[1:-2]), *qkv.shape[-2:])
     results = xp.empty_like(entries)
     q, k, v = qkv
@@ -123,7 +126,9 @@ def _grad_kernel(xp: Any, g: Any, delta: Any, qkv: Any, lse: Any, mask: Any, see
 
 def _vjp(g: Any, out: Any, qkv: Any, mask: Any, seed: Any, draw: Any, **attrs: Any) -> Any:
     by_out, delta = delta_of(g, out)
-    return self_attention_grad(by_out, delta, qkv, out[1], mask, seed, draw, **attrs), None, None, None
+    by_qkv = self_attention_grad(by_out, delta, qkv, out[1], mask, seed, draw, **attrs,
+                                 lse_grad=g[1] is not None)
+    return by_qkv, None, None, None
 
 
 def _parts(x: Any) -> list[Any]:
@@ -167,8 +172,8 @@ def _grad_samples() -> list[Sample]:
 self_attention: Op = register(Op(
     "self_attention", kernel=_kernel, attrs=ATTENTION, shape=_shape, dtype=_dtype, axes=_axes,
     local=attention_local, n_out=2, vjp=_vjp, keeps="qkv mask out0 out1", samples=_samples,
-    autocast="low"))
+    autocast="low", device=device_kernels.SELF_ATTENTION))
 self_attention_grad: Op = register(Op(
-    "self_attention_grad", kernel=_grad_kernel, attrs=ATTENTION, shape=_grad_shape, dtype=_grad_dtype,
+    "self_attention_grad", kernel=_grad_kernel, attrs=GRADIENT, shape=_grad_shape, dtype=_grad_dtype,
     axes=_grad_axes, local=_grad_local, linear=((0, 1),), vjp=_grad_vjp, keeps="g delta qkv lse mask",
-    samples=_grad_samples))
+    samples=_grad_samples, device=device_kernels.SELF_ATTENTION_GRAD))
