@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from meshtape.runtime import dtypes
+from meshtape.runtime.cuda.kernels import loss as cuda_loss
+from meshtape.runtime.cuda.kernels import softmax as cuda_softmax
 from meshtape.runtime.errors import DTypeError, ShapeError
 from meshtape.runtime.op import ALPHABET, REQUIRED, Axes, Op, Sample, normalize_axis, register
 from meshtape.runtime.ops.contraction import count_rows, widen
@@ -118,8 +120,10 @@ def _rowwise(name: str, rowwise: Callable[..., None], inputs: int, **columns: An
 
 
 softmax: Op = _rowwise("softmax", _softmax_rows, 1, keeps="out", autocast="float32",
+                   device=cuda_softmax.softmax,
                    vjp=(lambda g, out, x, axis: softmax_grad(g, out, axis=axis),))
 log_softmax: Op = _rowwise("log_softmax", _log_softmax_rows, 1, keeps="out", autocast="float32",
+                       device=cuda_softmax.log_softmax,
                        vjp=(lambda g, out, x, axis: log_softmax_grad(g, out, axis=axis),))
 
 
@@ -139,10 +143,12 @@ def _log_softmax_grad_by_y(u: Any, out: Any, g: Any, y: Any, axis: int) -> Any:
 # y * (g - sum(g * y)), with y the softmax: the Jacobian is symmetric, so its product with a vector is itself.
 softmax_grad: Op = _rowwise(
     "softmax_grad", _softmax_grad_rows, 2, linear=((0,),), keeps="arrays",
+    device=cuda_softmax.softmax_grad,
     vjp=(lambda u, out, g, y, axis: softmax_grad(u, y, axis=axis), _softmax_grad_by_y))
 # g - exp(y) * sum(g), with y the log-softmax.
 log_softmax_grad: Op = _rowwise(
     "log_softmax_grad", _log_softmax_grad_rows, 2, linear=((0,),), keeps="arrays",
+    device=cuda_softmax.log_softmax_grad,
     vjp=(_log_softmax_grad_by_g, _log_softmax_grad_by_y))
 
 
@@ -255,6 +261,7 @@ def _target_cases() -> list[tuple[Shape, Any]]:
 nll: Op = register(Op(
     "nll", kernel=_nll, attrs={"ignore_index": -100}, shape=_nll_shape, dtype=_nll_dtype, axes=_nll_axes,
     linear=((0,),), keeps="target", autocast="float32",
+    device=cuda_loss.nll,
     vjp=(lambda g, out, logp, target, ignore_index: nll_grad(
         g, target, classes=logp.shape[class_axis(logp.ndim)], ignore_index=ignore_index), None),
     samples=lambda: [Sample((x, t)) for x, t in _target_cases()] + [
@@ -262,6 +269,7 @@ nll: Op = register(Op(
 nll_grad: Op = register(Op(
     "nll_grad", kernel=_nll_grad, attrs={"classes": REQUIRED, "ignore_index": -100}, shape=_nll_grad_shape,
     dtype=lambda g, target, **attrs: ([g, target], [g]), axes=_nll_grad_axes, linear=((0,),), keeps="target",
+    device=cuda_loss.nll_grad,
     vjp=(lambda u, out, g, target, classes, ignore_index: nll(u, target, ignore_index=ignore_index), None),
     samples=lambda: [Sample((t.shape, t), {"classes": x[class_axis(len(x))]}) for x, t in _target_cases()]))
 
@@ -337,6 +345,7 @@ cross_entropy: Op = register(Op(
     "cross_entropy", kernel=_cross_entropy, attrs=LOSS_ATTRS, shape=_cross_entropy_shape,
     dtype=_cross_entropy_dtype, axes=_cross_entropy_axes, n_out=3, keeps="target out2",
     autocast="float32",
+    device=cuda_loss.cross_entropy,
     vjp=(_cross_entropy_vjp, None), samples=_cross_entropy_samples))
 
 
@@ -396,5 +405,6 @@ def _cross_entropy_grad_by_p(u: Any, out: Any, g: Any, p: Any, target: Any, igno
 cross_entropy_grad: Op = register(Op(
     "cross_entropy_grad", kernel=_cross_entropy_grad, attrs=LOSS_ATTRS, shape=_cross_entropy_grad_shape,
     dtype=_cross_entropy_grad_dtype, axes=_cross_entropy_grad_axes, linear=((0,),), keeps="g p target",
+    device=cuda_loss.cross_entropy_grad,
     vjp=(_cross_entropy_grad_by_g, _cross_entropy_grad_by_p, None),
     samples=lambda: [Sample(((), *s.inputs), s.attrs, low=0.1, high=1) for s in _cross_entropy_samples()]))
