@@ -34,6 +34,11 @@ class ArrayModule:
         self.tensordot = self._tensordot
         self.einsum = self._einsum
         self.erf = self._erf
+        self.where = self._where
+        self.round = _keeping(cp.round)
+        self._device_where = cp.where
+        for name in ("tril", "triu"):
+            setattr(self, name, _on_bits(getattr(cp, name)))
         for name in _WITHOUT_BFLOAT16:
             setattr(self, name, _widening(getattr(cp, name)))
         self._device_erf = device.libraries.special.erf
@@ -43,6 +48,15 @@ class ArrayModule:
         if x.dtype.itemsize >= 4:
             return self._device_erf(x)
         return self._device_erf(x.astype(np.float32)).astype(x.dtype)
+
+    def _where(self, condition: Any, *cases: Any) -> Any:
+        """numpy.where; of bfloat16 on bits, as CuPy's would give float32."""
+        dtypes = {x.dtype for x in cases if hasattr(x, "dtype")}
+        if len(dtypes) != 1 or (dtype := dtypes.pop()).kind != "V":
+            return self._device_where(condition, *cases)
+        bits = (x.view(np.uint16) if hasattr(x, "dtype") else int(np.asarray(x, dtype).view(np.uint16))
+                for x in cases)
+        return self._device_where(condition, *bits).view(dtype)
 
     def _dot(self, a: Any, b: Any, out: Any = None) -> Any:
         """numpy.dot of arrays with at least one dimension."""
@@ -101,6 +115,18 @@ def _widening(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function on bfloat16 cast to float32, which changes neither order nor truth."""
     return lambda x, *args, **kwargs: function(
         x.astype(np.float32) if x.dtype.kind == "V" else x, *args, **kwargs)
+
+
+def _keeping(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of floats, of bfloat16 by float32 and back."""
+    return lambda x, *args: (function(x.astype(np.float32), *args).astype(x.dtype) if x.dtype.kind == "V"
+                             else function(x, *args))
+
+
+def _on_bits(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that moves elements or clears them, of bfloat16 on bits, as CuPy's would give float32."""
+    return lambda x, *args: (function(x.view(np.uint16), *args).view(x.dtype) if x.dtype.kind == "V"
+                             else function(x, *args))
 
 
 def _axis_lists(axes: Any, na: int, nb: int) -> tuple[list[int], list[int]]:

@@ -20,8 +20,12 @@ class _Allocator:
         self.default = MemoryPool()
         self.stack: list[Callable[[int], MemoryPointer]] = []
 
+    @property
+    def current(self) -> Callable[[int], MemoryPointer]:
+        return self.stack[-1] if self.stack else self.default.malloc
+
     def __call__(self, size: int) -> MemoryPointer:
-        return (self.stack[-1] if self.stack else self.default.malloc)(size)
+        return self.current(size)
 
 
 class _Local(streams.threading.local):
@@ -70,8 +74,8 @@ class ndarray:
         self._data = memptr if memptr is not None else LOCAL.allocator(nbytes)
         self.base: ndarray | None = None
         start = self._data.ptr - self._data.mem.ptr
-        self._a: np.ndarray[Any, Any] = np.ndarray(shape, kind, self._data.mem.bytes if nbytes else bytearray(),
-                                                   start if nbytes else 0, strides, order)
+        room: Any = self._data.mem.bytes if nbytes else bytearray()
+        self._a: np.ndarray[Any, Any] = np.ndarray(shape, kind, room, start if nbytes else 0, strides, order)
 
     @staticmethod
     def _view(a: np.ndarray[Any, Any], of: ndarray) -> ndarray:
@@ -111,8 +115,8 @@ class ndarray:
         return found | {"stream": stream.ptr or 1}
 
     def __array__(self, *args: Any, **kwargs: Any) -> Any:
-        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to construct "
-                        "a NumPy array explicitly.")
+        raise TypeError("Implicit conversion to a NumPy array is not allowed. Please use `.get()` to "
+                        "construct a NumPy array explicitly.")
 
     def __len__(self) -> int:
         if not self.ndim:

@@ -12,6 +12,7 @@ import numpy as np
 
 from emulator import streams
 from emulator.array import Capsule, arrays_in, dtype_of, from_host, ndarray, plain, run, run_into
+from emulator.ufuncs import CLIP, WHERE
 
 # What only looks at shapes and dtypes, and gives a value of Python.
 ABOUT = ("can_cast", "promote_types", "result_type", "issubdtype", "isscalar", "iscomplexobj", "isrealobj",
@@ -23,10 +24,11 @@ WAITS = ("nonzero", "argwhere", "flatnonzero", "unique", "unique_all", "unique_c
          "unique_values", "extract", "compress", "setdiff1d", "intersect1d", "union1d", "setxor1d", "in1d",
          "bincount", "histogram", "trim_zeros", "place", "delete", "array_equal", "allclose", "isin",
          "sort", "argsort", "lexsort", "argpartition", "partition", "msort",  # thrust waits for its stream
-         "array_repr", "array_str", "median", "percentile", "quantile", "choose", "interp", "digitize", "array2string")
+         "array_repr", "array_str", "median", "percentile", "quantile", "choose", "interp", "digitize",
+         "array2string")
 
 # Products that CuPy gives to cuBLAS, which it refuses inside a capture.
-PRODUCTS = ("matmul", "dot", "vdot", "inner", "tensordot", "outer_", "einsum", "kron_")
+PRODUCTS = ("dot", "vdot", "inner", "tensordot", "einsum")
 
 # Written by hand below.
 OWN: dict[str, Callable[..., Any]] = {}
@@ -73,7 +75,10 @@ def wrap(name: str) -> Callable[..., Any]:
 def into(function: Callable[..., Any], out: Any, args: Any, kwargs: Any) -> Any:
     if not isinstance(out, ndarray):
         raise TypeError(f"out must be a cupy.ndarray, got {type(out)}")
-    run_into(lambda to, *a, **k: np.copyto(to, function(*a, **k), casting="unsafe"), [out], out, *args, **kwargs)
+    def write(to: Any, *a: Any, **k: Any) -> None:
+        np.copyto(to, function(*a, **k), casting="unsafe")
+
+    run_into(write, [out], out, *args, **kwargs)
     return out
 
 
@@ -84,12 +89,12 @@ def host_like(x: Any) -> Any:
 # --- making arrays --------------------------------------------------------------------------------------
 
 @own
-def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K", subok: bool = False, ndmin: int = 0,
-          *, blocking: bool = False) -> ndarray:
+def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K", subok: bool = False,
+          ndmin: int = 0, *, blocking: bool = False) -> ndarray:
     if isinstance(obj, ndarray):
-        if not copy and (dtype is None or obj.dtype == np.dtype(dtype)) and obj.ndim >= ndmin:
-            if order in ("K", "A", None) or (order == "C" and obj.flags.c_contiguous):
-                return obj
+        fits = (dtype is None or obj.dtype == np.dtype(dtype)) and obj.ndim >= ndmin
+        if not copy and fits and (order in ("K", "A", None) or (order == "C" and obj.flags.c_contiguous)):
+            return obj
         kind = obj.dtype if dtype is None else dtype_of(dtype)
         return run(lambda a: np.array(a, kind, order=order, ndmin=ndmin), obj)
     inside = arrays_in(obj)
@@ -104,7 +109,8 @@ def array(obj: Any, dtype: Any = None, copy: bool = True, order: str = "K", subo
 
 
 @own
-def asarray(a: Any, dtype: Any = None, order: Any = None, *, copy: Any = None, blocking: bool = False) -> ndarray:
+def asarray(a: Any, dtype: Any = None, order: Any = None, *, copy: Any = None,
+            blocking: bool = False) -> ndarray:
     return array(a, dtype, copy=bool(copy), order=order or "K", blocking=blocking)
 
 
@@ -157,7 +163,8 @@ def _like(a: Any, dtype: Any, order: str, shape: Any) -> ndarray:
 
 
 @own
-def empty_like(prototype: Any, dtype: Any = None, order: str = "K", subok: Any = None, shape: Any = None) -> ndarray:
+def empty_like(prototype: Any, dtype: Any = None, order: str = "K", subok: Any = None,
+               shape: Any = None) -> ndarray:
     return _like(prototype, dtype, order, shape)
 
 
@@ -209,7 +216,8 @@ def arange(start: Any, stop: Any = None, step: Any = 1, dtype: Any = None) -> nd
     for x in (start, stop, step):
         if isinstance(x, (ndarray, np.ndarray)):
             raise TypeError(f"Unsupported type {type(x)}: cupy.arange takes numbers of Python")
-    return run(lambda: np.arange(start, stop, step, dtype) if stop is not None else np.arange(0, start, step, dtype))
+    first, last = (0, start) if stop is None else (start, stop)
+    return run(lambda: np.arange(first, last, step, dtype))
 
 
 @own
@@ -238,9 +246,52 @@ def where_(condition: Any, x: Any = None, y: Any = None) -> Any:
     if x is None:
         streams.synchronises("cupy.where of one argument")
         return run(np.nonzero, condition)
-    for a in (condition, x, y):
-        plain(a)
-    return run(np.where, condition, x, y)
+    if not isinstance(condition, ndarray):
+        raise AttributeError(f"{type(condition).__name__!r} object has no attribute 'astype'")
+    return WHERE(condition.astype("?", copy=False), x, y)
+
+
+@own
+def clip(a: Any, a_min: Any, a_max: Any, out: Any = None) -> Any:
+    kind = a.dtype.kind
+    if a_min is None and kind in "fiu":
+        a_min = -np.inf if kind == "f" else np.iinfo(a.dtype).min
+    if a_max is None and kind in "fiu":
+        a_max = np.inf if kind == "f" else np.iinfo(a.dtype).max
+    return CLIP(a, a_min, a_max, out=out)
+
+
+@own
+def tril(m: Any, k: int = 0) -> Any:
+    m = asarray(m)
+    mask = run(lambda: np.tri(*m.shape[-2:], k=k, dtype=bool))
+    return where_(mask, m, m.dtype.type(0))
+
+
+@own
+def triu(m: Any, k: int = 0) -> Any:
+    m = asarray(m)
+    mask = run(lambda: np.tri(*m.shape[-2:], k=k - 1, dtype=bool))
+    return where_(mask, m.dtype.type(0), m)
+
+
+@own
+def around(a: Any, decimals: int = 0, out: Any = None) -> Any:
+    """In half precision for booleans, in float32 for bfloat16: CuPy has no other loops for them."""
+    kind = np.dtype({"b": np.float16, "V": np.float32}.get(a.dtype.kind, a.dtype))
+    return run(lambda x: np.round(x.astype(kind), decimals), a) if out is None else into(
+        lambda x: np.round(x.astype(kind), decimals), out, (a,), {})
+
+
+OWN["round"] = around
+
+
+@own
+def matmul(x1: Any, x2: Any, /, out: Any = None, **kwargs: Any) -> Any:
+    streams.forbidden("cupy.matmul by CuPy's cuBLAS")
+    if max(x1.ndim, x2.ndim) > 2 and "V" in (x1.dtype.kind, x2.dtype.kind):
+        raise TypeError("batched products of bfloat16 fail in CuPy")
+    return run(np.matmul, x1, x2) if out is None else into(np.matmul, out, (x1, x2), {})
 
 
 @own
@@ -290,7 +341,8 @@ def _unsupported(name: str) -> Callable[..., Any]:
 
 
 for _name in ("put", "putmask", "place", "fill_diagonal", "apply_along_axis", "apply_over_axes", "piecewise",
-              "vectorize", "fromfunction", "frombuffer", "fromiter", "fromstring", "fromfile", "load", "save"):
+              "vectorize", "fromfunction", "frombuffer", "fromiter", "fromstring", "fromfile", "load",
+              "save"):
     OWN[_name] = _unsupported(_name)
 
 
@@ -321,7 +373,8 @@ def table() -> dict[str, Any]:
 def lib() -> Any:
     """cupy.lib."""
     def as_strided(x: Any, shape: Any = None, strides: Any = None) -> ndarray:
-        shape, strides = x.shape if shape is None else tuple(shape), x.strides if strides is None else tuple(strides)
+        shape = x.shape if shape is None else tuple(shape)
+        strides = x.strides if strides is None else tuple(strides)
         return ndarray._view(np.lib.stride_tricks.as_strided(x._a, shape, strides), x)
 
     def sliding_window_view(x: Any, window_shape: Any, axis: Any = None, *, subok: bool = False,

@@ -31,7 +31,7 @@ def prepare(key: Any) -> tuple[tuple[Any, ...], bool]:
             if isinstance(s, (list, tuple)) and not a.size:
                 a = a.astype(np.int32)
         if a.dtype.kind not in "biu":
-            raise IndexError(f"arrays used as indices must be of integer or boolean type. (actual: {a.dtype})")
+            raise IndexError(f"arrays used as indices must be of integer or boolean type, not {a.dtype}")
         masked = masked or a.dtype.kind == "b"
         parts[i] = a
     return tuple(parts), masked
@@ -42,7 +42,7 @@ def index(x: Any) -> int:
         streams.synchronises("an index on the device")
         return int(x._a)
     if isinstance(x, (float, np.floating)):
-        raise IndexError("only integers, slices, ellipsis, None and integer or boolean arrays are valid indices")
+        raise IndexError("only integers, slices, ellipsis, None and integer or boolean arrays are indices")
     return int(x)
 
 
@@ -119,8 +119,7 @@ def scatter(function: Any, name: str, x: ndarray, key: Any, value: Any) -> None:
     """function.at(x, key, value), for the dtypes that have atomics."""
     kinds = {"cupy_add": "iILQlqefdFD"}.get(name, "iILQlqfd")
     if x.dtype.char not in kinds:
-        raise TypeError(f"{name}.at only supports int32, float16, float32, float64, int64, uint32, uint64, complex; "
-                        f"not {x.dtype}")
+        raise TypeError(f"{name}.at does not support {x.dtype}")
     parts, masked = prepare(key)
     if masked:
         streams.synchronises("scatter by a mask")

@@ -13,9 +13,11 @@ import numpy as np
 from emulator import streams
 from emulator.array import ndarray, run_into
 
-FUNCTIONS = ("all", "any", "argmax", "argmin", "argpartition", "argsort", "choose", "clip", "compress", "conj",
-             "conjugate", "cumprod", "cumsum", "dot", "max", "mean", "min", "nonzero", "prod", "ptp", "repeat",
-             "round", "searchsorted", "std", "sum", "take", "trace", "var", "put")
+FUNCTIONS = ("all", "any", "argmax", "argmin", "argpartition", "argsort", "choose", "clip", "compress",
+             "conj", "conjugate", "cumprod", "cumsum", "dot", "max", "mean", "min", "nonzero", "prod", "ptp",
+             "repeat", "round", "searchsorted", "std", "sum", "take", "trace", "var", "put")
+# Those whose first argument has another name, or is positional only, in the function.
+FIRST = ("take", "repeat", "dot", "searchsorted", "choose", "put", "compress", "argpartition", "conj")
 CALLED = {"max": "amax", "min": "amin"}
 
 
@@ -37,7 +39,7 @@ def method(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         rest = {k: v for k, v in bound.items() if k != "self"}
         if name == "clip":
             return function(self, rest.get("min"), rest.get("max"), out=rest.get("out"))
-        if name in ("take", "repeat", "dot", "searchsorted", "choose", "put", "compress", "argpartition", "conj"):
+        if name in FIRST:
             first = [rest.pop(k) for k in list(rest)[:1]]
             return function(self, *first, **rest)
         return function(self, **rest)

@@ -1,4 +1,5 @@
-"""Reductions of the emulated CuPy, for the dtypes that CuPy's have, and in the type that CuPy accumulates in."""
+"""Reductions of the emulated CuPy, for the dtypes that CuPy has loops of, summed in the type that it sums in.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ LOOPS = {
     "count_nonzero": (count._count_nonzero, None),
 }
 # Their loops cannot be asked for: those of CuPy's sources, which have none for bfloat16.
-OTHERS = ("argmax", "argmin", "mean", "var", "std")
+OTHERS = ("argmax", "argmin", "mean", "var", "std", "sort", "argsort", "argpartition", "partition", "lexsort",
+          "searchsorted")
 
 
 def loop(name: str, given: Any, dtype: Any) -> Any:
@@ -116,7 +118,7 @@ def scan(name: str) -> Callable[..., Any]:
 
 def table(functions: dict[str, Any]) -> dict[str, Any]:
     """These, and those of `functions` that CuPy does not have for bfloat16."""
-    own = {"sum": sum, "prod": prod, "amax": amax, "amin": amin, "max": amax, "min": amin, "all": all, "any": any,
-           "count_nonzero": count_nonzero, "cumsum": scan("cumsum"), "cumprod": scan("cumprod")}
+    own = {"sum": sum, "prod": prod, "amax": amax, "amin": amin, "max": amax, "min": amin, "all": all,
+           "any": any, "count_nonzero": count_nonzero, "cumsum": scan("cumsum"), "cumprod": scan("cumprod")}
     return own | {name: without_bfloat16(name, functions[name])
-                  for name in (*OTHERS, "sort", "argsort", "argpartition", "partition", "lexsort", "searchsorted")}
+                  for name in OTHERS}

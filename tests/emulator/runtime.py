@@ -64,10 +64,11 @@ def mem_get_info() -> tuple[int, int]:
 
 def properties(device: int) -> dict[str, Any]:
     Device(device)
-    return {"name": b"Emulated", "totalGlobalMem": memory.HARDWARE.total, "multiProcessorCount": 4, "major": 9,
-            "minor": 0, "warpSize": 32, "sharedMemPerBlock": 49152, "sharedMemPerBlockOptin": 232448,
-            "maxThreadsPerBlock": 1024, "regsPerBlock": 65536, "pciBusID": 1, "pciDeviceID": 0, "pciDomainID": 0,
-            "uuid": bytes(16), "l2CacheSize": 50 << 20, "maxThreadsPerMultiProcessor": 2048,
+    return {"name": b"Emulated", "totalGlobalMem": memory.HARDWARE.total, "multiProcessorCount": 4,
+            "major": 9, "minor": 0, "warpSize": 32, "sharedMemPerBlock": 49152,
+            "sharedMemPerBlockOptin": 232448, "maxThreadsPerBlock": 1024, "regsPerBlock": 65536,
+            "pciBusID": 1, "pciDeviceID": 0,
+            "pciDomainID": 0, "uuid": bytes(16), "l2CacheSize": 50 << 20, "maxThreadsPerMultiProcessor": 2048,
             "sharedMemPerMultiprocessor": 233472, "memoryClockRate": 2619000, "memoryBusWidth": 5120}
 
 
@@ -127,7 +128,7 @@ def cuda() -> Any:
         Memory=memory.Memory, PinnedMemoryPointer=memory.PinnedMemoryPointer,
         alloc=lambda size: LOCAL.allocator(size), alloc_pinned_memory=memory.PinnedMemoryPointer,
         using_allocator=using_allocator, set_allocator=set_allocator,
-        get_allocator=lambda: LOCAL.allocator.stack[-1] if LOCAL.allocator.stack else LOCAL.allocator.default.malloc,
+        get_allocator=lambda: LOCAL.allocator.current,
         stream=SimpleNamespace(Stream=streams.Stream, Event=streams.Event,
                                get_current_stream=streams.current_stream),
         memory=SimpleNamespace(OutOfMemoryError=memory.OutOfMemoryError, MemoryPool=memory.MemoryPool,

@@ -70,7 +70,7 @@ def get_elapsed_time(start: Event, end: Event) -> float:
     """Milliseconds between two events."""
     for event in (start, end):
         if not event._recorded or not event._timing:
-            raise CUDARuntimeError("cudaErrorInvalidResourceHandle", "an event was not recorded or has no timing")
+            raise CUDARuntimeError("cudaErrorInvalidResourceHandle", "an event has no time")
     return (end._time - start._time) * 1e3
 
 
@@ -129,7 +129,7 @@ class Stream:
             elif self._capture is not event._capture:
                 raise _spoil(self._capture, "an event of another capture was waited for")
         elif self._capture is not None:
-            raise _spoil(self._capture, "cudaErrorStreamCaptureIsolation: an event from outside was waited for")
+            raise _spoil(self._capture, "an event from outside of the capture was waited for")
         for ptr, n in event._clock.items():
             self._clock[ptr] = max(n, self._clock.get(ptr, 0))
 
@@ -138,7 +138,7 @@ class Stream:
 
     def begin_capture(self, mode: int | None = None) -> None:
         if self.ptr == 0:
-            raise CUDARuntimeError("cudaErrorStreamCaptureUnsupported", "the default stream cannot be captured")
+            raise CUDARuntimeError("cudaErrorStreamCaptureUnsupported", "the default stream")
         if self._capture is not None:
             raise CUDARuntimeError("cudaErrorIllegalState", "the stream is captured already")
         self._capture = Capture(self)

@@ -9,6 +9,8 @@ from typing import Any
 
 import cupy as real
 import numpy as np
+from cupy._core import _routines_math
+from cupy._sorting import search
 from ml_dtypes import bfloat16
 
 from emulator import streams
@@ -20,13 +22,13 @@ RENAMED = {"fix": np.trunc, "bitwise_left_shift": np.left_shift, "bitwise_right_
 class ufunc:
     """cupy.ufunc."""
 
-    def __init__(self, name: str) -> None:
-        self._real = getattr(real, name)
+    def __init__(self, name: str, loops: Any = None, numpy: Any = None) -> None:
+        self._real = getattr(real, name) if loops is None else loops
         self.name = self._real.name
         self.__name__ = name
         self.nin, self.nout, self.nargs = self._real.nin, self._real.nout, self._real.nargs
         self.types = self._real.types
-        self._numpy = RENAMED.get(name) or getattr(np, name, None)
+        self._numpy = numpy or RENAMED.get(name) or getattr(np, name, None)
 
     def __repr__(self) -> str:
         return f"<ufunc '{self.name}'>"
@@ -51,7 +53,7 @@ class ufunc:
             else:
                 outs = [out]
         for x in (*ins, *(o for o in outs if o is not None)):
-            if isinstance(x, np.ndarray) or not (isinstance(x, (ndarray, np.generic, int, float, complex, bool))):
+            if not takes(x) or isinstance(x, np.ndarray):
                 raise TypeError(f"Unsupported type {type(x)}")
         for x in outs:
             if x is not None and not isinstance(x, ndarray):
@@ -65,13 +67,13 @@ class ufunc:
             op = (self._real._out_ops or ops)._guess_routine_from_dtype(np.dtype(dtype))
         else:
             weaks = tuple(type(x) if type(x) in (int, float, complex) else False for x in ins)
-            types = tuple(x.dtype if isinstance(x, (ndarray, np.generic)) else np.asarray(x).dtype for x in ins)
+            types = tuple(x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype for x in ins)
             if all(weaks):
                 weaks = (False,) * len(ins)
             op = ops._guess_routine_from_in_types(types, weaks)
         if op is None:
-            raise TypeError(f"Wrong type ({dtype or [getattr(x, 'dtype', type(x)) for x in ins]}) of arguments "
-                            f"for {self.name}")
+            given = dtype or [getattr(x, "dtype", type(x)) for x in ins]
+            raise TypeError(f"Wrong type ({given}) of arguments for {self.name}")
         return op
 
     def _run(self, op: Any, ins: Any, outs: list[Any], casting: str) -> Any:
@@ -84,8 +86,9 @@ class ufunc:
             if x.shape != shape:
                 raise ValueError(f"Out shape is mismatched: {x.shape} given, {shape} made by {self.name}")
             if not real.can_cast(kind, x.dtype, casting):  # type: ignore[arg-type]
-                raise TypeError(f"output (typecode '{kind.char}') could not be coerced to provided output parameter "
-                                f"(typecode '{x.dtype.char}') according to the casting rule \"{casting}\"")
+                raise TypeError(f"output (typecode '{kind.char}') could not be coerced to provided output "
+                                f"parameter (typecode '{x.dtype.char}') according to the casting rule "
+                                f'"{casting}"')
         wide = [np.dtype(np.float32) if t == bfloat16 else t for t in in_types]
         function = self._numpy
         if function is None:
@@ -119,7 +122,8 @@ class ufunc:
         from emulator.indexing import scatter
         scatter(self._numpy, self.name, a, indices, b)
 
-    def reduce(self, array: Any, axis: Any = 0, dtype: Any = None, out: Any = None, keepdims: bool = False) -> Any:
+    def reduce(self, array: Any, axis: Any = 0, dtype: Any = None, out: Any = None,
+               keepdims: bool = False) -> Any:
         reductions = {"cupy_add": "sum", "cupy_multiply": "prod"}
         if self.name not in reductions:
             raise NotImplementedError(f"`{self.name}.reduce` is not supported yet")
@@ -145,24 +149,29 @@ def names() -> list[str]:
 
 UFUNCS = {name: ufunc(name) for name in names()}
 
-_BINARY = {"add": "add", "sub": "subtract", "mul": "multiply", "truediv": "true_divide", "floordiv": "floor_divide",
-           "mod": "remainder", "pow": "power", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
-           "lshift": "left_shift", "rshift": "right_shift", "divmod": "divmod"}
+# Loops that functions are made of.
+WHERE = ufunc("where", search._where_ufunc, np.where)
+CLIP = ufunc("clip", _routines_math.clip, np.clip)
+
+_BINARY = {"add": "add", "sub": "subtract", "mul": "multiply", "truediv": "true_divide",
+           "floordiv": "floor_divide", "mod": "remainder", "pow": "power", "and": "bitwise_and",
+           "or": "bitwise_or", "xor": "bitwise_xor", "lshift": "left_shift", "rshift": "right_shift",
+           "divmod": "divmod"}
 _COMPARE = {"lt": "less", "le": "less_equal", "gt": "greater", "ge": "greater_equal", "eq": "equal",
             "ne": "not_equal"}
 
 
-def _takes(x: Any) -> bool:
+def takes(x: Any) -> bool:
     return isinstance(x, (ndarray, np.ndarray, np.generic, int, float, complex, bool))
 
 
 def install() -> None:
     """The operators of ndarray."""
     def binary(function: ufunc) -> Any:
-        return lambda self, other: function(self, other) if _takes(other) else NotImplemented
+        return lambda self, other: function(self, other) if takes(other) else NotImplemented
 
     def reflected(function: ufunc) -> Any:
-        return lambda self, other: function(other, self) if _takes(other) else NotImplemented
+        return lambda self, other: function(other, self) if takes(other) else NotImplemented
 
     def inplace(function: ufunc) -> Any:
         return lambda self, other: function(self, other, self)
