@@ -235,7 +235,7 @@ class Planner:
         they are split on a mesh axis on which it is replicated; results stay there.
         """
         n = attrs["n"]
-        tensors = [i for i, s in enumerate(specs) if not s.weak]
+        tensors = range(len(specs) - n_outs - n, len(specs))        # before these there are numbers
         homes = [_home([specs[i].placements for i in tensors[k::n]]) for k in range(n)]
         ins = [self.axes.replicated] * len(specs)
         seconds = 0.0

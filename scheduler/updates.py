@@ -126,6 +126,8 @@ def _joined(at: int, step: Recorded, links: _Links,
     if op is None or op.n_out != -1 or op.over is None:
         return None
     n, first = op.unpack(instr.attrs)["n"], sum(t is None for t in instr.ins)
+    if first != len(instr.ins) - len(instr.outs) - n:
+        return None                     # a number that is a tensor: the step may have to be left out
     found = {k: links.part(at, step.ins[first + k], step.ins[first + n + k], step.outs[k]) for k in range(n)}
     parts = {k: p for k, p in found.items() if p is not None}
     if (

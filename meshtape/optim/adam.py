@@ -20,17 +20,15 @@ class Adam(Optimizer):
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0, amsgrad: bool = False, *,
-                 maximize: bool = False) -> None:
+                 maximize: bool = False, master_weights: bool = True) -> None:
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay,
-                                  "amsgrad": amsgrad, "maximize": maximize})
+                                  "amsgrad": amsgrad, "maximize": maximize}, master_weights=master_weights)
 
     def update(self, group: Group, params: list[Tensor]) -> None:
         names = ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
-        step = 1 + self.state_of(params[0], ())["step"]
-        scalars = (*(float(v) for v in (group["lr"], *group["betas"], group["eps"], group["weight_decay"])),
-                   step)
-        self.run("adam_update", scalars, params, names, decoupled=self.decoupled,
-                 amsgrad=bool(group["amsgrad"]), maximize=bool(group["maximize"]))
+        rates = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        self.run("adam_update", (self.number(params), *map(float, rates)), params, names,
+                 decoupled=self.decoupled, amsgrad=bool(group["amsgrad"]), maximize=bool(group["maximize"]))
 
 
 class AdamW(Adam):
@@ -42,8 +40,9 @@ class AdamW(Adam):
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 1e-2, amsgrad: bool = False, *,
-                 maximize: bool = False) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize)
+                 maximize: bool = False, master_weights: bool = True) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize=maximize,
+                         master_weights=master_weights)
 
 
 __all__ = ["Adam", "AdamW"]

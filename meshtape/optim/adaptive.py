@@ -10,12 +10,11 @@ from meshtape.creation import full_like
 from meshtape.optim.optimizer import Group, Optimizer
 
 
-def descent_direction(group: Group, p: Tensor) -> Any:
+def descent_direction(group: Group, p: Tensor, grad: Tensor) -> Tensor:
     """The gradient, turned around to maximize, with weight_decay * p added."""
-    grad: Any = p.grad
     if group["maximize"]:
         grad = -grad
-    return grad + p.detach() * group["weight_decay"] if group["weight_decay"] else grad
+    return grad + p * group["weight_decay"] if group["weight_decay"] else grad
 
 
 class RMSprop(Optimizer):
@@ -26,9 +25,10 @@ class RMSprop(Optimizer):
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-2, alpha: float = 0.99, eps: float = 1e-8,
                  weight_decay: float = 0.0, momentum: float = 0.0, centered: bool = False, *,
-                 maximize: bool = False) -> None:
+                 maximize: bool = False, master_weights: bool = True) -> None:
         super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay,
-                                  "momentum": momentum, "centered": centered, "maximize": maximize})
+                                  "momentum": momentum, "centered": centered, "maximize": maximize},
+                         master_weights=master_weights)
 
     def update(self, group: Group, params: list[Tensor]) -> None:
         names = ("square_avg", *(("momentum_buffer",) if group["momentum"] else ()),
@@ -36,16 +36,17 @@ class RMSprop(Optimizer):
         alpha = group["alpha"]
         for p in params:
             state = self.state_of(p, names)
-            state["step"] += 1
-            g = descent_direction(group, p)
-            mean_square = state["square_avg"] = state["square_avg"] * alpha + g * g * (1 - alpha)
+            weight = self.weight(p)
+            g = descent_direction(group, weight, self.gradient(p))
+            mean_square = self.put(state, "square_avg", state["square_avg"] * alpha + g * g * (1 - alpha))
             if group["centered"]:
-                mean = state["grad_avg"] = state["grad_avg"] * alpha + g * (1 - alpha)
+                mean = self.put(state, "grad_avg", state["grad_avg"] * alpha + g * (1 - alpha))
                 mean_square = mean_square - mean * mean
             move = g / (mean_square.sqrt() + group["eps"])
             if group["momentum"]:
-                move = state["momentum_buffer"] = state["momentum_buffer"] * group["momentum"] + move
-            self.rebind(p, p.detach() - move * group["lr"])
+                move = self.put(state, "momentum_buffer", state["momentum_buffer"] * group["momentum"] + move)
+            self.rebind(p, weight - move * group["lr"])
+        self.count([self.state[p] for p in params])
 
 
 class Adagrad(Optimizer):
@@ -56,21 +57,22 @@ class Adagrad(Optimizer):
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-2, lr_decay: float = 0.0,
                  weight_decay: float = 0.0, initial_accumulator_value: float = 0.0, eps: float = 1e-10, *,
-                 maximize: bool = False) -> None:
+                 maximize: bool = False, master_weights: bool = True) -> None:
         super().__init__(params, {"lr": lr, "lr_decay": lr_decay, "weight_decay": weight_decay,
                                   "initial_accumulator_value": initial_accumulator_value, "eps": eps,
-                                  "maximize": maximize})
+                                  "maximize": maximize}, master_weights=master_weights)
 
     def update(self, group: Group, params: list[Tensor]) -> None:
         for p in params:
             state = self.state_of(p, ())
+            weight = self.weight(p)
             if "sum" not in state:
-                state["sum"] = full_like(p, group["initial_accumulator_value"])
+                state["sum"] = full_like(weight, group["initial_accumulator_value"])
             rate = group["lr"] / (1 + state["step"] * group["lr_decay"])
-            state["step"] += 1
-            g = descent_direction(group, p)
-            total = state["sum"] = state["sum"] + g * g
-            self.rebind(p, p.detach() - g / (total.sqrt() + group["eps"]) * rate)
+            g = descent_direction(group, weight, self.gradient(p))
+            total = self.put(state, "sum", state["sum"] + g * g)
+            self.rebind(p, weight - g / (total.sqrt() + group["eps"]) * rate)
+        self.count([self.state[p] for p in params])
 
 
 __all__ = ["Adagrad", "RMSprop"]

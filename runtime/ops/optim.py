@@ -5,6 +5,9 @@ gradients and n of each state; outputs are n new parameters and n of each new st
 place. Every tensor has its own letters, which a parameter shares with its gradient and its states: n_out is
 -1, so each parameter is updated where its shards lie, whatever the layouts of the others. The arithmetic is
 that of torch.optim's single-tensor functions.
+
+`step` counts from 1; step 0 changes nothing. What depends on values that only the workers know (steps are not
+taken when gradients overflowed) may be a tensor of shape () instead of a number: step (int64), and dampening.
 """
 
 from __future__ import annotations
@@ -112,6 +115,12 @@ def _update_all(xp: Any, tensors: Sequence[Any], n: int, groups: int,
     return results
 
 
+def _unchanged(xp: Any, tensors: Sequence[Any], n: int, out: Sequence[Any] | None) -> list[Any]:
+    """The results of an update that is left out: arrays of their own with the old values."""
+    old = [*tensors[:n], *tensors[2 * n:]]
+    return [x if x is given else xp.array(x) for x, given in zip(old, out or [None] * len(old), strict=True)]
+
+
 def _target(xp: Any, given: Any, like: Any) -> Any:
     """A flat array to write to: `given` itself if it is laid out flat and of the dtype that is computed in.
     """
@@ -145,9 +154,12 @@ class Scratch:
 
 # --- SGD --------------------------------------------------------------------------------------------
 
-def _sgd(xp: Any, lr: float, momentum: float, dampening: float, weight_decay: float, *tensors: Any, n: int,
-         nesterov: bool, maximize: bool, has_momentum: bool, out: Any = None) -> list[Any]:
+def _sgd(xp: Any, step: Any, dampening: Any, lr: float, momentum: float, weight_decay: float, *tensors: Any,
+         n: int, nesterov: bool, maximize: bool, has_momentum: bool, out: Any = None) -> list[Any]:
     """On the first step torch's buffer is the gradient itself: a buffer of zeros and a dampening of 0."""
+    if not step:
+        return _unchanged(xp, tensors, n, out)
+    dampening = float(dampening)        # may be a tensor, as the step
     scratch = Scratch(xp)
 
     def update(new: list[Any], old: list[Any]) -> None:
@@ -167,27 +179,29 @@ def _sgd(xp: Any, lr: float, momentum: float, dampening: float, weight_decay: fl
 
 
 sgd_update: Op = register(Op(
-    "sgd_update", kernel=_sgd, over=_over(4, 1), device=device_kernels.SGD_UPDATE,
+    "sgd_update", kernel=_sgd, over=_over(5, 1), device=device_kernels.SGD_UPDATE,
     attrs={"n": REQUIRED, "nesterov": False, "maximize": False, "has_momentum": False},
-    **_columns("sgd_update", 4, lambda has_momentum, **attrs: int(has_momentum)),
+    **_columns("sgd_update", 5, lambda has_momentum, **attrs: int(has_momentum)),
     samples=lambda: [
-        Sample((0.1, 0.9, 0.1, 0.01, *((5, 3), (4,)) * 3), {"n": 2, "has_momentum": True}, diff=False),
-        Sample((0.1, 0.9, 0.0, 0.0, *((), (7,)) * 3),
+        Sample((2, 0.1, 0.1, 0.9, 0.01, *((5, 3), (4,)) * 3), {"n": 2, "has_momentum": True}, diff=False),
+        Sample((1, 0.0, 0.1, 0.9, 0.0, *((), (7,)) * 3),
                {"n": 2, "has_momentum": True, "nesterov": True, "maximize": True}, diff=False),
-        Sample((0.1, 0.9, 0.0, 0.1, (5, 3), (5, 3), (5, 3)), {"n": 1, "has_momentum": True}, diff=False),
-        Sample((0.1, 0.0, 0.0, 0.1, *((0, 3), (1, 3)) * 2), {"n": 2, "maximize": True}, diff=False)]))
+        Sample((np.array(3), 0.0, 0.1, 0.9, 0.1, (5, 3), (5, 3), (5, 3)), {"n": 1, "has_momentum": True},
+               diff=False),
+        Sample((np.array(0), 0.0, 0.1, 0.0, 0.1, *((0, 3), (1, 3)) * 2), {"n": 2, "maximize": True},
+               diff=False)]))
 
 
 # --- Adam and AdamW ---------------------------------------------------------------------------------
 
 def _adam(
     xp: Any,
+    step: Any,
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
-    step: int,
     *tensors: Any,
     n: int,
     decoupled: bool,
@@ -195,8 +209,11 @@ def _adam(
     maximize: bool,
     out: Any = None,
 ) -> list[Any]:
-    """`step` counts from 1. With c = sqrt(1 - beta2**step), the update lr / (1 - beta1**step) * m / (sqrt(v)
+    """With c = sqrt(1 - beta2**step), the update lr / (1 - beta1**step) * m / (sqrt(v)
     / c + eps) is computed as (lr * c / (1 - beta1**step)) * m / (sqrt(v) + eps * c): one pass less."""
+    step = int(step)
+    if not step:
+        return _unchanged(xp, tensors, n, out)
     correction = sqrt(1 - beta2**step)
     rate, floor = lr * correction / (1 - beta1**step), eps * correction
     scratch = Scratch(xp)
@@ -236,8 +253,11 @@ def _adam_samples() -> list[Sample]:
             rng = np.random.default_rng(k)
             squares = [np.asarray(rng.uniform(0, 1, s)) for s in shapes]
             inputs = (*shapes, *shapes, *shapes, *squares, *(squares if "amsgrad" in flags else ()))
-            found.append(Sample((1e-2, 0.9, 0.99, 1e-8, 0.1, 3, *inputs), {"n": len(shapes), **flags},
+            found.append(Sample((3, 1e-2, 0.9, 0.99, 1e-8, 0.1, *inputs), {"n": len(shapes), **flags},
                                 diff=False))
+    for step in (0, 2):
+        found.append(Sample((np.array(step), 1e-2, 0.9, 0.99, 1e-8, 0.1, (5,), (5,), (5,),
+                             np.linspace(0, 1, 5)), {"n": 1}, diff=False))
     return found
 
 

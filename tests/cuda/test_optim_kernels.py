@@ -16,7 +16,7 @@ FLAGS: dict[str, list[dict[str, Any]]] = {
                    {"has_momentum": False, "maximize": True}],
     "adam_update": [{}, {"decoupled": True}, {"amsgrad": True}, {"decoupled": True, "maximize": True}]}
 SCALARS: dict[str, tuple[Any, ...]] = {
-    "sgd_update": (0.1, 0.9, 0.1, 0.01), "adam_update": (1e-2, 0.9, 0.99, 1e-8, 0.1, 3)}
+    "sgd_update": (2, 0.1, 0.1, 0.9, 0.01), "adam_update": (3, 1e-2, 0.9, 0.99, 1e-8, 0.1)}
 UPDATES = [(name, flags) for name, several in FLAGS.items() for flags in several]
 SHAPES = [(5, 3), (4,), (), (0, 2), (CHUNK + 5,), (2, CHUNK), (1,)]
 
@@ -67,14 +67,15 @@ def test_samples(device: Any, name: str) -> None:
     assert samples is not None
     for sample in samples():
         rng = np.random.default_rng(0)
-        numbers = [x for x in sample.inputs if isinstance(x, (int, float))]
-        given = [rng.uniform(-1, 1, x) if isinstance(x, tuple) else x for x in sample.inputs[len(numbers):]]
+        first = len(SCALARS[name])
+        numbers = [x.item() if isinstance(x, np.ndarray) else x for x in sample.inputs[:first]]
+        given = [rng.uniform(-1, 1, x) if isinstance(x, tuple) else x for x in sample.inputs[first:]]
         close(*both(device, name, numbers, [np.asarray(a) for a in given], sample.attrs), "float64")
 
 
 @pytest.mark.parametrize("name", FLAGS)
 def test_weight_decay_and_damping_of_0(device: Any, name: str) -> None:
-    scalars = {"sgd_update": (0.1, 0.9, 0.0, 0.0), "adam_update": (1e-2, 0.9, 0.99, 1e-8, 0.0, 1)}[name]
+    scalars = {"sgd_update": (1, 0.0, 0.1, 0.9, 0.0), "adam_update": (1, 1e-2, 0.9, 0.99, 1e-8, 0.0)}[name]
     flags = FLAGS[name][1]
     close(*both(device, name, scalars, tensors(name, flags, SHAPES), {"n": len(SHAPES), **flags}))
 
@@ -137,8 +138,8 @@ def test_a_captured_update_reads_new_rates(device: Any) -> None:
     op.device.run(device, *numbers, *arrays, out=out, **attrs)
     graph = device.stream.end_capture()
     for step in (1, 2, 3):
-        scalars = (0.01 / step, 0.9, 0.99, 1e-8, 0.1, step)
-        numbers[0][...], numbers[5][...] = scalars[0], step
+        scalars = (step, 0.01 / step, 0.9, 0.99, 1e-8, 0.1)
+        numbers[0][...], numbers[1][...] = scalars[:2]
         graph.launch(device.stream)
         p, m, v = op.kernel(np, *scalars, *given, **attrs)
         given = [p, given[1], m, v]

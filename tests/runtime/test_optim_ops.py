@@ -59,7 +59,7 @@ def test_sgd_takes_torchs_steps(options: dict[str, Any]) -> None:
     buffers = [np.zeros_like(p) for p in params] if momentum else []
     for step in range(STEPS):
         dampening = options.get("dampening", 0.0) if step else 0.0
-        out = run("sgd_update", 0.1, momentum, dampening, options.get("weight_decay", 0.0), *params,
+        out = run("sgd_update", step + 1, dampening, 0.1, momentum, options.get("weight_decay", 0.0), *params,
                   *gradients(step, SHAPES), *buffers, n=n, has_momentum=bool(momentum),
                   nesterov=options.get("nesterov", False), maximize=options.get("maximize", False))
         params, buffers = out[:n], out[n:]
@@ -75,7 +75,7 @@ def adam_steps(shapes: list[tuple[int, ...]], dtype: Any = np.float64, lr: Any =
     states = [np.zeros_like(p) for p in params * (3 if amsgrad else 2)]
     found = []
     for step in range(STEPS):
-        scalars = lr(step), 0.8, 0.95, 1e-6, options.get("weight_decay", 0.0), step + 1
+        scalars = step + 1, lr(step), 0.8, 0.95, 1e-6, options.get("weight_decay", 0.0)
         grads = gradients(step, shapes, dtype)
         out = run("adam_update", *scalars, *params, *grads, *states, n=n, amsgrad=amsgrad,
                   decoupled=options.get("decoupled", False), maximize=options.get("maximize", False))
@@ -113,7 +113,7 @@ def test_a_learning_rate_of_zero_leaves_the_parameters() -> None:
 def test_half_precision_parameters_are_updated_in_float32(dtype: str) -> None:
     kind = pytest.importorskip("ml_dtypes").bfloat16 if dtype == "bfloat16" else np.float16
     p, g, m = (np.full(3, v, kind) for v in (1.0, 1e-3, 0.0))
-    new, mean, _ = run("adam_update", 0.125, 0.9, 0.999, 1e-8, 0.0, 1, p, g, m, m, n=1)
+    new, mean, _ = run("adam_update", 1, 0.125, 0.9, 0.999, 1e-8, 0.0, p, g, m, m, n=1)
     assert new.dtype == kind and mean.dtype == kind
     # The square of the gradient is 1e-6, below float16's precision; the first step is still lr.
     np.testing.assert_allclose(new.astype(np.float64), 0.875, rtol=1e-2)
@@ -125,7 +125,7 @@ def test_an_update_of_shards_is_the_shard_of_the_update() -> None:
     rng = np.random.default_rng(0)
     shapes: list[tuple[int, ...]] = [(7, 4), (3, 5), (6,)]
     groups = [[np.asarray(abs(rng.normal(size=s))) for s in shapes] for _ in range(4)]
-    scalars = (1e-2, 0.9, 0.99, 1e-8, 0.1, 3)
+    scalars = (3, 1e-2, 0.9, 0.99, 1e-8, 0.1)
     whole = run("adam_update", *scalars, *(a for group in groups for a in group), n=3, decoupled=True)
     every = slice(None)
     for cut in ((slice(0, 4), (every, slice(3, 5)), ...), (slice(4, 7), (every, slice(0, 3)), ...)):
@@ -136,7 +136,7 @@ def test_an_update_of_shards_is_the_shard_of_the_update() -> None:
 
 
 def test_scalars_are_operands_so_schedules_change_no_program() -> None:
-    for name, scalars in (("sgd_update", 4), ("adam_update", 6)):
+    for name, scalars in (("sgd_update", 5), ("adam_update", 6)):
         op = lookup(name)
         flags = {k: v for k, v in op.attrs.items() if k != "n"}
         axes = op.axes(*((),) * scalars, *((2, 3), (4,)) * 4, n=2, **flags)
@@ -167,9 +167,9 @@ def test_updates_say_which_tensors_do_not_fit() -> None:
 def test_gradients_and_states_are_cast_to_their_parameter() -> None:
     op = lookup("sgd_update")
     f32, f64 = np.dtype("float32"), np.dtype("float64")
-    ins, outs = op.dtype(float, float, float, float, f32, f64, f64, f32, n=2, nesterov=False, maximize=False,
+    ins, outs = op.dtype(int, *(float,) * 4, f32, f64, f64, f32, n=2, nesterov=False, maximize=False,
                          has_momentum=False)
-    assert ins == [float] * 4 + [f32, f64] * 2 and outs == [f32, f64]
+    assert ins == [int] + [float] * 4 + [f32, f64] * 2 and outs == [f32, f64]
 
 
 def test_sum_of_squares_is_that_of_all_elements() -> None:

@@ -99,7 +99,7 @@ def test_reshape_keeps_what_survives_and_splits_leading_factors_evenly() -> None
 def test_optimizer_updates_stay_where_the_parameters_lie() -> None:
     p = planner(data=2, model=2)
     w, b = (64, 32), (64,)
-    inputs = [0.1, 0.9, 0.99, 1e-8, 0.0, 1, (w, (R, 0)), (b, (0, R)), (w, ("sum", 0)), (b, ("sum", "sum")),
+    inputs = [1, 0.1, 0.9, 0.99, 1e-8, 0.0, (w, (R, 0)), (b, (0, R)), (w, ("sum", 0)), (b, ("sum", "sum")),
               (w, (R, 0)), (b, (0, R)), (w, (R, 0)), (b, (0, R))]
     found = plan(p, "adam_update", *inputs, n=2)
     assert [o.placements for o in found.outs] == [(R, 0), (0, R)] * 3

@@ -2,9 +2,9 @@
 
 Addresses and sizes go to the kernel by value, as one struct: nothing is uploaded, so that a captured graph
 replays with the addresses of its capture. Tensors are divided into chunks, and a block looks up whose chunk
-it has. Numbers are read on the device, and the arithmetic is the plain kernels', operation by operation:
-float32 results differ from theirs by the last bits of a power at most. A new value may be written over the
-old one.
+it has. Numbers are read on the device (step 0 changes nothing), and the arithmetic is the plain kernels',
+operation by operation: float32 results differ from theirs by the last bits of a power at most. A new value
+may be written over the old one.
 """
 
 from __future__ import annotations
@@ -103,13 +103,21 @@ template <int N, int M, class F> __device__ void update_all(const Table& table, 
 
 SGD = r"""
 extern "C" __global__ void __launch_bounds__(256, 4) sgd(
-    const __grid_constant__ Table table, const double* lr, const double* momentum, const double* dampening,
-    const double* weight_decay) {
+    const __grid_constant__ Table table, const long long* step, const double* dampening, const double* lr,
+    const double* momentum, const double* weight_decay) {
+  const bool skips = *step == 0;
   const real rate = A(-*lr), slow = A(*momentum), kept = A(1 - *dampening), decay = A(*weight_decay);
   [[maybe_unused]] const bool damped = *dampening != 0;
   const bool decays = *weight_decay != 0;
   update_all<2 + MOMENTUM, 1 + MOMENTUM>(table, [&](real* after, const real* before) {
     const real p = before[0];
+    if (skips) {
+      after[0] = p;
+#if MOMENTUM
+      after[1] = before[2];
+#endif
+      return;
+    }
     real g = MAXIMIZE ? -before[1] : before[1];
     if (decays) g = g + p * decay;
 #if MOMENTUM
@@ -124,8 +132,8 @@ extern "C" __global__ void __launch_bounds__(256, 4) sgd(
 
 ADAM = r"""
 extern "C" __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 2 : 4) adam(
-    const __grid_constant__ Table table, const double* lr, const double* beta1, const double* beta2,
-    const double* eps, const double* weight_decay, const long long* step) {
+    const __grid_constant__ Table table, const long long* step, const double* lr, const double* beta1,
+    const double* beta2, const double* eps, const double* weight_decay) {
   __shared__ A shared[2];
   if (threadIdx.x == 0) {
     const double correction = sqrt(1 - pow(*beta2, double(*step)));
@@ -136,8 +144,14 @@ extern "C" __global__ void __launch_bounds__(256, sizeof(T) == 8 ? 2 : 4) adam(
   const real rate = shared[0], floor = shared[1];
   const real new1 = A(1 - *beta1), new2 = A(1 - *beta2), old2 = A(*beta2);
   const real shrink = A(1 - mul_rn(*lr, *weight_decay)), decay = A(*weight_decay);
-  const bool decays = *weight_decay != 0;
+  const bool decays = *weight_decay != 0, skips = *step == 0;
   update_all<4 + AMSGRAD, 3 + AMSGRAD>(table, [&](real* after, const real* before) {
+    if (skips) {
+      after[0] = before[0];
+#pragma unroll
+      for (int j = 1; j < 3 + AMSGRAD; ++j) after[j] = before[j + 1];
+      return;
+    }
     real p = before[0], g = MAXIMIZE ? -before[1] : before[1];
     if (decays && DECOUPLED) p = p * shrink;
     else if (decays) g = g + p * decay;
@@ -248,7 +262,7 @@ def _all_floating(first: int) -> Any:
 def _sgd(dev: Any, *given: Any, n: int, nesterov: bool, maximize: bool, has_momentum: bool,
          out: Any = None) -> list[Any]:
     flags = {"MOMENTUM": has_momentum, "NESTEROV": nesterov, "MAXIMIZE": maximize}
-    return _update(dev, SGD_SOURCE, flags, given[:4], given[4:], n, out)
+    return _update(dev, SGD_SOURCE, flags, given[:5], given[5:], n, out)
 
 
 def _adam(dev: Any, *given: Any, n: int, decoupled: bool, amsgrad: bool, maximize: bool,
@@ -281,6 +295,6 @@ def _one_accumulator(shapes: Any, given: Any, attrs: Any) -> bool:
     return all(d.name in FLOATS for d in given) and len({accumulator(d) for d in given}) == 1
 
 
-SGD_UPDATE = DeviceKernel(_sgd, _all_floating(4), "dddd")
-ADAM_UPDATE = DeviceKernel(_adam, _all_floating(6), "dddddi")
+SGD_UPDATE = DeviceKernel(_sgd, _all_floating(5), "idddd")
+ADAM_UPDATE = DeviceKernel(_adam, _all_floating(6), "iddddd")
 SUM_OF_SQUARES = DeviceKernel(_sum_of_squares, _one_accumulator)
