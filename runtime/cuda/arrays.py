@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-# Functions of order and of truth that CuPy has no loops of bfloat16 for.
-_WITHOUT_BFLOAT16 = ("argmax", "argmin", "any", "all", "count_nonzero")
+# Functions of order that CuPy may have no loops of bfloat16 for.
+_WITHOUT_BFLOAT16 = ("argmax", "argmin")
 
 
 class ArrayModule:
@@ -112,7 +112,7 @@ class ArrayModule:
 
 
 def _widening(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function on bfloat16 cast to float32, which changes neither order nor truth."""
+    """The function on bfloat16 cast to float32, which does not change the order."""
     return lambda x, *args, **kwargs: function(
         x.astype(np.float32) if x.dtype.kind == "V" else x, *args, **kwargs)
 

@@ -20,7 +20,7 @@ LOOPS = {
     "all": (_routines_logic.all, None), "any": (_routines_logic.any, None),
     "count_nonzero": (count._count_nonzero, None),
 }
-# Their loops cannot be asked for: those of CuPy's sources, which have none for bfloat16.
+# Their loops cannot be asked for. CuPy's sources have none of bfloat16; some might take it in float32.
 OTHERS = ("argmax", "argmin", "mean", "var", "std", "sort", "argsort", "argpartition", "partition", "lexsort",
           "searchsorted")
 

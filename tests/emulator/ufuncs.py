@@ -74,6 +74,8 @@ class ufunc:
         if op is None:
             given = dtype or [getattr(x, "dtype", type(x)) for x in ins]
             raise TypeError(f"Wrong type ({given}) of arguments for {self.name}")
+        if op.error_func is not None:
+            op.error_func()
         return op
 
     def _run(self, op: Any, ins: Any, outs: list[Any], casting: str) -> Any:
