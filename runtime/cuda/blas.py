@@ -11,7 +11,7 @@ import numpy as np
 from meshtape.runtime.cuda import cublas
 from meshtape.runtime.cuda.gemm import Plan, broadcast, plan
 from meshtape.runtime.cuda.kernels.integer_matmul import INTEGER_MATMUL, TILE, TYPES
-from meshtape.runtime.cuda.lt import BIAS, Lt
+from meshtape.runtime.cuda.lt import BGRADB, BIAS, Lt
 from meshtape.runtime.errors import ShapeError
 
 # What is summed in which type: 16-bit floats in float32. The number is cuBLAS's for the operands' type.
@@ -148,12 +148,13 @@ class Blas:
             self._binding.gemm_ex(
                 self._handle, p.transa, p.transb, p.m, p.n, p.k, alpha_at, a0 + a_at * step, kind, p.lda,
                 p.stride_a, b0 + b_at * step, kind, p.ldb, p.stride_b, beta_at, c0 + c_at * out_step,
-                out_kind, p.ldc, p.stride_c, count, self._compute_type(scale), cublas.GEMM_DEFAULT)
+                out_kind, p.ldc, p.stride_c, count, self._compute_type(name), cublas.GEMM_DEFAULT)
 
-    def _compute_type(self, scale: Any) -> int:
-        if scale in (np.float64, np.complex128):
+    def _compute_type(self, name: str) -> int:
+        if name in ("float64", "complex128"):
             return cublas.COMPUTE_64F
-        return cublas.COMPUTE_32F_FAST_TF32 if self.tf32 else cublas.COMPUTE_32F
+        tf32 = self.tf32 and name not in _SIXTEEN
+        return cublas.COMPUTE_32F_FAST_TF32 if tf32 else cublas.COMPUTE_32F
 
     def _scalar(self, dtype: Any, value: float) -> int:
         """The address of a number on the host, which stays there."""
@@ -185,13 +186,15 @@ class Blas:
         batch, (m, n), k = out.shape[:-2], out.shape[-2:], a.shape[-1]
         if out.size:
             flat = [self._in_one_batch(x, batch) for x in (a, b)]
-            whole = self._cp.empty(out.shape, out.dtype)
+            plain = (alpha, beta) == (1, 0)
+            whole = out if plain and out.flags.c_contiguous else self._cp.empty(out.shape, out.dtype)
             batches = whole.size // (m * n)
             blocks = min(batches * -(-m // TILE) * -(-n // TILE), 132 * 16)
             strides = [x.shape[-2] * x.shape[-1] if x.ndim > 2 else 0 for x in flat]
             self._device.kernels(INTEGER_MATMUL, "integer_matmul", T=TYPES[a.dtype.name])(
                 (blocks,), (TILE, TILE), (*flat, whole, *map(np.int64, (batches, m, n, k, *strides))))
-            out[...] = whole if (alpha, beta) == (1, 0) else whole * int(alpha) + out * int(beta)
+            if whole is not out:
+                out[...] = whole if plain else whole * int(alpha) + out * int(beta)
         return out
 
     def _in_one_batch(self, x: Any, batch: tuple[int, ...]) -> Any:
@@ -214,6 +217,17 @@ class Blas:
             to[...] = b
             self.gemm(rows, w, to, transpose_b=True, beta=1.0)
         return out
+
+    def weight_and_bias_grad(self, g: Any, x: Any, by_weight: Any = None,
+                             by_bias: Any = None) -> tuple[Any, Any]:
+        """g (..., n), x (..., k): sums over all rows of g[..., n] x[..., k], (n, k), and of g, (n,)."""
+        g, x = as_rows(g), as_rows(x)
+        by_weight = self._cp.empty((g.shape[1], x.shape[1]), g.dtype) if by_weight is None else by_weight
+        by_bias = self._cp.empty(g.shape[1:], g.dtype) if by_bias is None else by_bias
+        if not self.finished(g.T, x, by_weight, BGRADB, bias=by_bias):
+            self.gemm(g, x, by_weight, transpose_a=True)
+            self.gemm(self._cp.ones((1, len(g)), g.dtype), g, by_bias[None, :])
+        return by_weight, by_bias
 
     def finished(self, a: Any, b: Any, out: Any, epilogue: int, **operands: Any) -> bool:
         """Compute out = a @ b with an epilogue (see Lt.find), where out (..., n) has as many rows as the

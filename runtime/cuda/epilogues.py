@@ -112,15 +112,8 @@ def matmul_gelu_grad_sum(dev: Any, g: Any, w: Any, x: Any, out: Any = None) -> t
 
 def weight_and_bias_grad(dev: Any, g: Any, x: Any, out: Any = None) -> tuple[Any, Any]:
     """g.T @ x over all leading dimensions, and the sum of g over them."""
-    by_weight, by_bias = _places(out, 2)
-    n, k = g.shape[-1], x.shape[-1]
-    by_weight = by_weight if by_weight is not None else dev.cp.empty((n, k), g.dtype)
-    by_bias = by_bias if by_bias is not None else dev.cp.empty((n,), g.dtype)
-    rows = as_rows(g)
-    if dev.blas.finished(rows.T, as_rows(x), by_weight, lt.BGRADB, bias=by_bias):
-        return by_weight, by_bias
-    dev.blas.gemm(rows, as_rows(x), by_weight, transpose_a=True)
-    return by_weight, _summed(dev, rows, by_bias)[1]
+    found: tuple[Any, Any] = dev.blas.weight_and_bias_grad(g, x, *_places(out, 2))
+    return found
 
 
 def _row(dev: Any, name: str, *arrays: Any, out: Any, **attrs: Any) -> Any:

@@ -210,7 +210,9 @@ def test_tf32_is_used_where_it_was_asked_for_only():
         device.blas.tf32 = True
         device.blas.matmul(a, a)
         device.blas.matmul(a.astype("float64"), a.astype("float64"))
-    assert seen[-3:] == [cublas.COMPUTE_32F, cublas.COMPUTE_32F_FAST_TF32, cublas.COMPUTE_64F]
+        device.blas.matmul(a.astype("float16"), a.astype("float16"))
+    assert seen[-4:] == [cublas.COMPUTE_32F, cublas.COMPUTE_32F_FAST_TF32, cublas.COMPUTE_64F,
+                         cublas.COMPUTE_32F]
 
 
 # --- the binding ------------------------------------------------------------------------------------------
