@@ -10,7 +10,6 @@ import importlib
 from typing import Any
 
 from meshtape import methods as _methods
-from meshtape.amp import autocast, get_float32_matmul_precision, set_float32_matmul_precision
 from meshtape.autograd import Tensor, checkpoint, grad
 from meshtape.contraction import *  # noqa: F403
 from meshtape.creation import *  # noqa: F403
@@ -18,6 +17,7 @@ from meshtape.elementwise import *  # noqa: F403
 from meshtape.explain import explain, visualize
 from meshtape.gradmode import enable_grad, is_grad_enabled, no_grad, set_grad_enabled
 from meshtape.manipulation import *  # noqa: F403
+from meshtape.precision import autocast, get_float32_matmul_precision, set_float32_matmul_precision
 from meshtape.profiling import profile, stats
 from meshtape.reductions import *  # noqa: F403
 from meshtape.runtime.dtypes import (

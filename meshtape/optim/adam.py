@@ -16,6 +16,7 @@ class Adam(Optimizer):
     (Reddi, Kale, Kumar 2018); maximize ascends. Semantics of torch.optim.Adam.
     """
 
+    by_parts = True
     decoupled = False
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),

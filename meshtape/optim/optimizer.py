@@ -49,6 +49,8 @@ class Optimizer:
     A subclass defines update(), in terms of weight(), gradient(), put() and rebind(), or of run().
     """
 
+    by_parts = False        # whether update() divides the work by run()
+
     def __init__(self, params: Iterable[Any], defaults: Mapping[str, Any], *,
                  master_weights: bool = True) -> None:
         self.defaults = dict(defaults)
@@ -224,6 +226,16 @@ class Optimizer:
         if found is not None and self._has_master(p):
             return found.astype("float32").to_placements(home)
         return p.grad if home == p.spec.placements or found is None else found.to_placements(home)
+
+    def reduced(self) -> list[Tensor]:
+        """Every gradient in the layout in which the update reads it."""
+        found = []
+        for group in self.param_groups:
+            for params in self._alike(group):
+                if self.by_parts:
+                    self._place(params)
+                found += [self._gradient(p) if self.by_parts else p.grad for p in params]
+        return found
 
     def run(self, op: str, scalars: tuple[Any, ...], params: list[Tensor], names: tuple[str, ...],
             **attrs: Any) -> None:

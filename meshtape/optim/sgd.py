@@ -19,6 +19,8 @@ class SGD(Optimizer):
     Semantics of torch.optim.SGD.
     """
 
+    by_parts = True
+
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, momentum: float = 0.0, dampening: float = 0.0,
                  weight_decay: float = 0.0, nesterov: bool = False, *, maximize: bool = False,
                  master_weights: bool = True) -> None:

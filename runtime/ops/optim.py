@@ -298,3 +298,53 @@ sum_of_squares: Op = register(Op(
     axes=_squares_axes, device=device_kernels.SUM_OF_SQUARES,
     samples=lambda: [Sample(((5, 3), (4,), ()), diff=False), Sample(((5, 3),), diff=False),
                      Sample(((0, 3), (1,)), diff=False)]))
+
+
+# --- loss scaling -----------------------------------------------------------------------------------
+
+def _nonfinite(xp: Any, *tensors: Any) -> Any:
+    found = xp.zeros((), xp.bool_)
+    for t in tensors:
+        found = found | ~xp.isfinite(widen(t)).all()
+    return xp.asarray(found, xp.float32)
+
+
+def _nonfinite_dtype(*given: Any) -> tuple[list[Any], list[Any]]:
+    for d in given:
+        if not dtypes.is_floating(d):
+            raise DTypeError(f"nonfinite: takes floating tensors, got {d}")
+    return list(given), [dtypes.float32]
+
+
+def _nonfinite_samples() -> list[Sample]:
+    bad = [np.array([[1.0, value, 0.0], [2.0, 3.0, 4.0]]) for value in (np.inf, -np.inf, np.nan)]
+    return [Sample(((5, 3), (4,), ()), diff=False), Sample(((0, 3), (1,)), diff=False),
+            *(Sample((x,), diff=False) for x in bad), Sample((bad[0], (3,), bad[2]), diff=False)]
+
+
+# Above 0 if an element of any tensor is infinite or NaN, else 0. Where one tensor is split, the sum over its
+# parts; give several only if they are whole, as for sum_of_squares.
+nonfinite: Op = register(Op(
+    "nonfinite", kernel=_nonfinite, shape=lambda *shapes: [()], dtype=_nonfinite_dtype, axes=_squares_axes,
+    device=device_kernels.NONFINITE, samples=_nonfinite_samples))
+
+
+def _update_scale(xp: Any, found: Any, scale: Any, streak: Any, growth: float, backoff: float,
+                  interval: int) -> Any:
+    longer = streak + 1
+    grown = scale * growth
+    grows = xp.equal(longer, interval)
+    up = xp.where(grows & xp.isfinite(grown), grown, scale)
+    bad = found > 0
+    return (xp.where(bad, scale * backoff, up).astype(scale.dtype, copy=False),
+            xp.where(bad | grows, 0, longer).astype(streak.dtype, copy=False))
+
+
+# A loss scale after a step, and the number of steps in a row in which nothing was found infinite or NaN: the
+# scale shrinks when something was, and grows after `interval` steps (torch.amp's _amp_update_scale_).
+update_scale: Op = register(Op(
+    "update_scale", kernel=_update_scale, shape=lambda *shapes: [(), ()], n_out=2,
+    dtype=lambda found, scale, streak, *rest: ([found, scale, streak, *rest], [scale, streak]),
+    axes=lambda *shapes: Axes(("",) * 6, ("", ""), combine=""),
+    samples=lambda: [Sample((np.array(found), np.array(scale), np.array(streak), 2.0, 0.5, 4), diff=False)
+                     for found in (0.0, 2.0) for scale in (8.0, 1.5e308) for streak in (0, 2, 3)]))

@@ -160,3 +160,21 @@ def test_sums_of_squares(device: Any, dtype: str) -> None:
         np.testing.assert_allclose(found.get(), wanted, rtol=2e-6 if dtype != "float64" else 1e-14)
         again = op.device.run(device, *map(device.cp.asarray, given))
         assert again.get().tobytes() == found.get().tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+def test_one_element_that_is_not_finite_is_found(device: Any, dtype: str, value: float) -> None:
+    op = lookup("nonfinite")
+    assert op.device is not None
+    for shapes in (SHAPES, [(0, 3)], [()], [(3,)] * (TENSORS + 1)):
+        given = [np.full(s, -3e4).astype(dtypes.canonical(dtype)) for s in shapes]
+        arrays = [device.cp.asarray(a) for a in given]
+        assert op.device.supports([a.shape for a in given], [a.dtype for a in given], {})
+        assert op.device.run(device, *arrays).get() == 0 == op.kernel(np, *given)
+        for k in {0, len(shapes) // 2, len(shapes) - 1}:
+            for at in {0, given[k].size - 1} if given[k].size else ():
+                bad = given[k].copy()
+                bad.reshape(-1)[at] = value
+                found = op.device.run(device, *arrays[:k], device.cp.asarray(bad), *arrays[k + 1:])
+                assert found.get() == 1 == op.kernel(np, bad) and found.dtype == np.float32

@@ -200,6 +200,40 @@ extern "C" __global__ void __launch_bounds__(1024) total(A* out, const A* partia
 """
 
 
+NONFINITE_CODE = r"""
+// partial[block] = 1 if the block has an element that is infinite or NaN, else 0.
+extern "C" __global__ void __launch_bounds__(256) nonfinite(
+    const __grid_constant__ Table table, float* partial) {
+  bool bad = false;
+  each_chunk(table, [&](int k, long long begin, long long end) {
+    const T* x = table.before[0][k];
+    auto look = [&](T value) { const A v = A(value); bad |= !(v - v == 0); };
+    long long at = begin;
+    if ((uint64)x % 16 == 0) {
+      const long long whole = (end - begin) / EACH * EACH;
+      for (long long i = begin + threadIdx.x * EACH; i < begin + whole; i += 256 * EACH) {
+        const Vec<T, EACH> given = load<EACH>(x + i);
+#pragma unroll
+        for (int e = 0; e < EACH; ++e) look(given[e]);
+      }
+      at += whole;
+    }
+    for (at += threadIdx.x; at < end; at += 256) look(x[at]);
+  });
+  bad = __syncthreads_or(bad);
+  if (threadIdx.x == 0) partial[blockIdx.x] = bad;
+}
+
+// out = 1 if one of n numbers is not 0, else 0; by one block.
+extern "C" __global__ void __launch_bounds__(256) any(float* out, const float* partial, int n) {
+  bool bad = false;
+  for (int i = threadIdx.x; i < n; i += 256) bad |= partial[i] != 0;
+  bad = __syncthreads_or(bad);
+  if (threadIdx.x == 0) *out = bad;
+}
+"""
+
+
 def _variants(*flags: dict[str, int]) -> tuple[dict[str, str], ...]:
     return tuple({"T": ctype(name), **{key: str(value) for key, value in given.items()}}
                  for name in FLOATS for given in flags)
@@ -210,6 +244,7 @@ SGD_SOURCE = source("sgd", CODE + UPDATE + SGD, ("sgd",), _variants(
     {"MOMENTUM": 1, "NESTEROV": 1, "MAXIMIZE": 1}))
 ADAM_SOURCE = source("adam", CODE + UPDATE + ADAM, ("adam",), _variants(
     {"DECOUPLED": 1, "AMSGRAD": 0, "MAXIMIZE": 0}, {"DECOUPLED": 0, "AMSGRAD": 1, "MAXIMIZE": 1}))
+NONFINITE_SOURCE = source("nonfinite", CODE + NONFINITE_CODE, ("nonfinite", "any"), _variants({}))
 SQUARES_SOURCE = source("sum_of_squares", CODE + SQUARES, ("squares", "total"), _variants({}))
 
 
@@ -291,10 +326,27 @@ def _sum_of_squares(dev: Any, *tensors: Any) -> Any:
     return made
 
 
+def _nonfinite(dev: Any, *tensors: Any) -> Any:
+    cp = dev.cp
+    launches = list(tables([[compact(dev, x) for x in tensors]], []))
+    if not launches:
+        return cp.zeros((), np.float32)
+    blocks = [dev.kernels.blocks_for(chunks, 1) for _, _, chunks in launches]
+    partial, made, at = cp.empty(sum(blocks), np.float32), cp.empty((), np.float32), 0
+    for (kind, table, _), count in zip(launches, blocks, strict=True):
+        kernel = dev.kernels(NONFINITE_SOURCE, "nonfinite", T=ctype(kind))
+        kernel((count,), (256,), (table, partial[at:at + count]))
+        at += count
+    dev.kernels(NONFINITE_SOURCE, "any", T=ctype(np.dtype(np.float32)))(
+        (1,), (256,), (made, partial, np.int32(at)))
+    return made
+
+
 def _one_accumulator(shapes: Any, given: Any, attrs: Any) -> bool:
     return all(d.name in FLOATS for d in given) and len({accumulator(d) for d in given}) == 1
 
 
 SGD_UPDATE = DeviceKernel(_sgd, _all_floating(5), "idddd")
 ADAM_UPDATE = DeviceKernel(_adam, _all_floating(6), "iddddd")
+NONFINITE = DeviceKernel(_nonfinite, _all_floating(0))
 SUM_OF_SQUARES = DeviceKernel(_sum_of_squares, _one_accumulator)
