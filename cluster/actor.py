@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 from meshtape.cluster import wire
 from meshtape.cluster.channel import Address, Listener
-from meshtape.cluster.serve import Assignment, Guard, join, serve
+from meshtape.cluster.serve import Assignment, Guard, device_of, join, serve
 from meshtape.runtime.collectives.endpoint import Endpoint, machine
-from meshtape.runtime.gpu import gpu_here
+from meshtape.runtime.gpu import Gpu, describe, gpu_here
 
 
 class Order(NamedTuple):
@@ -26,13 +26,15 @@ class Order(NamedTuple):
 
 
 class Site(NamedTuple):
-    """What a worker found where Ray put it, and where it is reached. `no_gpu` says why it found none."""
+    """What a worker found where Ray put it, and where it is reached. `gpu_index` is Ray's number of its GPU;
+    `no_gpu` says why it found none.
+    """
 
     node_id: str
     host: str
     ip: str
     pid: int
-    gpu: str
+    gpu: Gpu | None
     gpu_index: int
     no_gpu: str
     channel: Address | None
@@ -57,8 +59,9 @@ class WorkerActor:
         if order.channel == "socket":
             near = order.driver and order.driver == machine()
             self._listener = Listener(None if near else ip, order.secret)
-        gpu, no_gpu = gpu_here() if order.wants_gpu else ("", "")
+        name, no_gpu = gpu_here() if order.wants_gpu else ("", "")
         granted = [int(i) for i in context.get_accelerator_ids().get("GPU", []) if str(i).isdigit()]
+        gpu = describe() if name else None
         return Site(context.get_node_id(), socket.gethostname(), ip, os.getpid(), gpu,
                     granted[0] if granted else 0, no_gpu, self._listener.address if self._listener else None,
                     self._endpoint.address)
@@ -70,11 +73,12 @@ class WorkerActor:
 
     def begin(self, assignment: Assignment) -> list[str]:
         """Join the collectives, and say by which kinds of communicators; deliver() follows."""
-        communicators = join(self._endpoint, assignment)
+        device = device_of(assignment)
+        communicators = join(self._endpoint, assignment, device)
         self._endpoint.close()
         self._guard.will_abort(communicators)
         self._worker = self._order.make_worker(assignment.rank, assignment.mesh_shape, communicators,
-                                               assignment.device)
+                                               device)
         self._delivered = 0
         return [communicator.kind for communicator in communicators]
 

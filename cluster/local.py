@@ -14,7 +14,8 @@ from typing import Any
 
 from meshtape.cluster.mesh import Mesh, mesh_axes, slowest_links
 from meshtape.runtime import blas
-from meshtape.runtime.collectives.base import Communicator
+from meshtape.runtime.collectives.host import HostCommunicator
+from meshtape.runtime.collectives.joining import join_devices
 from meshtape.runtime.collectives.threads import ThreadGroup
 from meshtape.runtime.errors import WorkerLost
 from meshtape.runtime.protocol import Failure, Reply, Run
@@ -22,18 +23,24 @@ from meshtape.runtime.shards import axis_ranks
 from meshtape.runtime.worker import Worker
 
 HERE = "this process"
+# A device by its number, for work of the calling thread.
+OpenDevice = Callable[[int], Any]
 # How long close() waits for a thread that is inside a kernel; it is a daemon thread, so the process can end.
 JOIN_SECONDS = 5.0
 
 
 class InlineMesh(Mesh):
-    """One worker that runs each batch inside send()."""
+    """One worker that runs each batch inside send(), on the device that `open_device(0)` gives, if any."""
 
     kind = "inline"
 
-    def __init__(self, names: tuple[str, ...] = ("data",), worker: Callable[..., Any] = Worker) -> None:
-        super().__init__(names, (1,) * len(names), [HERE], ["cpu"], ["self"] * len(names))
-        self._worker = worker(0, self.shape, [ThreadGroup(1).communicator(0) for _ in names], "cpu")
+    def __init__(self, names: tuple[str, ...] = ("data",), worker: Callable[..., Any] = Worker,
+                 open_device: OpenDevice | None = None) -> None:
+        super().__init__(names, (1,) * len(names), [HERE], ["cpu" if open_device is None else "gpu0"],
+                         ["self"] * len(names))
+        alone = [ThreadGroup(1).communicator(0) for _ in names]
+        device = "cpu" if open_device is None else open_device(0)
+        self._worker = worker(0, self.shape, on_device(alone, device), device)
         self._replies: deque[Reply] = deque()
 
     def send(self, runs: Sequence[Run]) -> None:
@@ -66,16 +73,27 @@ class ThreadMesh(Mesh):
 
     blas_threads: how many threads each call of the BLAS in this process uses meanwhile. One unless told:
     OpenBLAS lets one caller at a time use its threads, and several callers were up to 20 times slower.
+
+    gpus: of this process, of which worker i takes number i % gpus by open_device(number), in its thread;
+    none if 0. Their collectives go through the host: NCCL between threads can wait for ever where one of them
+    makes the driver wait for the devices of all.
     """
 
     kind = "threads"
 
     def __init__(self, workers: int, mesh: Mapping[str, int] | None = None, timeout: float = 300.0,
-                 worker: Callable[..., Any] = Worker, blas_threads: int | None = None) -> None:
+                 worker: Callable[..., Any] = Worker, blas_threads: int | None = None, gpus: int = 0,
+                 open_device: OpenDevice | None = None) -> None:
         names, shape = mesh_axes(workers, mesh)
         self._communicators = thread_communicators(shape, timeout)
         links = slowest_links([[c.kind for c in mine] for mine in self._communicators])
-        super().__init__(names, shape, [HERE] * workers, ["cpu"] * workers, links)
+        self._gpus, self._open_device = gpus, open_device
+        if gpus:
+            links = [kind if kind == "self" else f"staged+{kind}" for kind in links]
+        super().__init__(names, shape, [HERE] * workers,
+                         [f"gpu{rank % gpus}" if gpus else "cpu" for rank in range(workers)], links)
+        if gpus:
+            self.reasons = ["threads of one process"] * len(names)
         self._inboxes: list[SimpleQueue[Run | None]] = [SimpleQueue() for _ in range(workers)]
         self._replies: SimpleQueue[Reply | WorkerLost] = SimpleQueue()
         self._stopping = threading.Event()
@@ -124,7 +142,8 @@ class ThreadMesh(Mesh):
         """The body of worker thread `rank`."""
         worker = None
         try:
-            worker = make(rank, self.shape, self._communicators[rank], "cpu")
+            device = self._open_device(rank % self._gpus) if self._open_device is not None else "cpu"
+            worker = make(rank, self.shape, on_device(self._communicators[rank], device), device)
             while (run := self._inboxes[rank].get()) is not None and not self._stopping.is_set():
                 reply = worker.run(run)
                 if run.answer or reply.failures:
@@ -138,15 +157,22 @@ class ThreadMesh(Mesh):
                 worker.close()
 
 
-def thread_communicators(shape: tuple[int, ...], timeout: float) -> list[list[Communicator]]:
+def on_device(communicators: Sequence[HostCommunicator], device: Any) -> list[Any]:
+    """What stands between the arrays of workers on `device`."""
+    if device == "cpu":
+        return list(communicators)
+    return [join_devices(communicator, device, "staged") for communicator in communicators]
+
+
+def thread_communicators(shape: tuple[int, ...], timeout: float) -> list[list[HostCommunicator]]:
     """Per rank, one communicator per mesh axis, between the threads that differ only along that axis."""
     groups: dict[tuple[int, ...], ThreadGroup] = {}
     size = 1
     for extent in shape:
         size *= extent
-    out: list[list[Communicator]] = []
+    out: list[list[HostCommunicator]] = []
     for rank in range(size):
-        mine: list[Communicator] = []
+        mine: list[HostCommunicator] = []
         for axis in range(len(shape)):
             members = axis_ranks(rank, shape, axis)
             group = groups.setdefault((axis, *members), ThreadGroup(len(members), timeout))

@@ -19,7 +19,9 @@ from meshtape.runtime.protocol import Reply, Run
 from meshtape.runtime.shards import Shape
 
 # Kinds of communicators, the fastest first.
-SLOWNESS = ("self", "nccl", "shm", "threads", "tcp")
+SLOWNESS = ("self", "nccl", "shm", "threads", "staged+shm", "staged+threads", "tcp", "staged+tcp")
+# Of a GPU that several workers share, the part that they may fill together: each also has a CUDA context.
+SHARED_MEMORY = 0.9
 
 
 class Mesh(ABC):
@@ -27,7 +29,8 @@ class Mesh(ABC):
 
     `nodes` and `devices` name, per rank, the machine ("this process", a hostname) and the device ("cpu",
     "gpu0") for messages and pictures. `links` gives, per mesh axis, the kind of the communicators along it
-    ("self", "threads", "shm", "tcp", "nccl"; the slowest if they differ), for the cost model.
+    ("self", "threads", "shm", "tcp", "nccl", "staged+shm"; the slowest if they differ), for the cost model.
+    `reasons` says, per mesh axis, why it is this kind, "" where nothing was to be chosen.
     """
 
     kind: str
@@ -36,6 +39,7 @@ class Mesh(ABC):
     nodes: list[str]
     devices: list[str]
     links: list[str]
+    reasons: list[str]
 
     def __init__(self, names: tuple[str, ...], shape: tuple[int, ...], nodes: list[str], devices: list[str],
                  links: list[str]) -> None:
@@ -44,6 +48,7 @@ class Mesh(ABC):
         self.nodes = nodes
         self.devices = devices
         self.links = links
+        self.reasons = [""] * len(names)
         self._closed_because = ""
 
     @property
@@ -102,6 +107,13 @@ class Mesh(ABC):
 def slowest_links(kinds: Sequence[Sequence[str]]) -> list[str]:
     """Per mesh axis, the slowest kind of communicator that any rank has; kinds[rank][axis]."""
     return [max(along, key=SLOWNESS.index) for along in zip(*kinds, strict=True)]
+
+
+def fraction_for(given: float | None, gpus_per_worker: float) -> float | None:
+    """The part of a GPU's memory that a worker's pool may hold: what was given, its share, or no limit."""
+    if given is not None or gpus_per_worker >= 1:
+        return given
+    return SHARED_MEMORY * gpus_per_worker
 
 
 def mesh_axes(workers: int, mesh: Mapping[str, int] | None = None) -> tuple[tuple[str, ...], tuple[int, ...]]:

@@ -17,6 +17,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from meshtape.cluster.actor import Order, Site, WorkerActor
+from meshtape.cluster.placement import ranking
 from meshtape.cluster.ray_connect import RayConnection, first_line
 from meshtape.runtime.errors import MeshError
 
@@ -42,14 +43,16 @@ class RayActors:
         self._processes: list[int] = []     # pidfds, where the workers are ours alone and on this machine
         self._killed = False
 
-    def spawn(self, workers: int, gpu: bool, environment: dict[str, str], health: bool) -> None:
-        """Reserve a slot per worker and start the actors there; `health` gives beat() a thread of its own."""
-        bundle = {"CPU": 1.0, "GPU": 1.0} if gpu else {"CPU": 1.0}
+    def spawn(self, workers: int, gpus: float, environment: dict[str, str], health: bool) -> None:
+        """Reserve a slot per worker, with so many GPUs in it, and start the actors there; `health` gives
+        beat() a thread of its own.
+        """
+        bundle = {"CPU": 1.0, "GPU": gpus} if gpus else {"CPU": 1.0}
         check_slots(workers, bundle, self.connection.started)
         # One CPU worker per node is there to use that node's cores; otherwise neighbours share memory.
         # Strict: plain SPREAD doubles up on a node while slots of a mesh just closed are being given back.
         able = sum(node["Resources"].get("CPU", 0) >= 1 for node in alive_nodes())
-        strategy = "STRICT_SPREAD" if not gpu and workers == able > 1 else "PACK"
+        strategy = "STRICT_SPREAD" if not gpus and workers == able > 1 else "PACK"
         self._group = placement_group([bundle] * workers, strategy=strategy)
         if not self._group.wait(timeout_seconds=PLACEMENT_SECONDS):
             free = ray.available_resources()  # type: ignore[no-untyped-call]
@@ -60,15 +63,17 @@ class RayActors:
         groups: dict[str, Any] = {"concurrency_groups": {HEALTH: 1}} if health else {"num_cpus": 1}
         actor = ray.remote(**groups)(WorkerActor)
         self.handles = [
-            actor.options(num_cpus=1, num_gpus=1 if gpu else 0, max_restarts=0, max_task_retries=0,
+            actor.options(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0,
                           scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, index),
                           runtime_env={"env_vars": environment}).remote()
             for index in range(workers)]
 
-    def prepare(self, order: Order) -> None:
-        """Let every worker listen; afterwards handles and sites are in order of rank."""
+    def prepare(self, order: Order, inner: int = 1) -> None:
+        """Let every worker listen; afterwards handles and sites are in order of rank. `inner` is the extent
+        of the last mesh axis.
+        """
         sites = self.get([handle.prepare.remote(order) for handle in self.handles], PREPARE_SECONDS)
-        order_of = ranking(sites, ray.get_runtime_context().get_node_id())
+        order_of = ranking(sites, ray.get_runtime_context().get_node_id(), inner)
         self.handles = [self.handles[i] for i in order_of]
         self.sites = [sites[i] for i in order_of]
         if self.connection.started:
@@ -140,15 +145,6 @@ def check_slots(workers: int, bundle: dict[str, float], started: bool) -> None:
         raise MeshError(f"workers={workers}: each needs {what}, and this Ray has room for {slots} on "
                         f'{len(nodes)} nodes; use workers={max(slots, 1)}, {more}or use backend="local" for '
                         "threads of this process")
-
-
-def ranking(sites: Sequence[Site], here: str) -> list[int]:
-    """Indices of the sites in order of rank: the driver's node first, neighbours on a node side by side."""
-    def key(index: int) -> Any:
-        site = sites[index]
-        return site.node_id != here, site.ip, site.node_id, site.gpu_index, site.pid
-
-    return sorted(range(len(sites)), key=key)
 
 
 def explain(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from math import floor
 from typing import Any
 
 import ray
@@ -15,55 +16,62 @@ from meshtape.cluster.actor import Order, Site
 from meshtape.cluster.call_mesh import CallMesh
 from meshtape.cluster.channel import Channel, dial
 from meshtape.cluster.feed import FeedMemory
-from meshtape.cluster.mesh import mesh_axes, slowest_links
+from meshtape.cluster.mesh import fraction_for, mesh_axes, slowest_links
+from meshtape.cluster.placement import transports
 from meshtape.cluster.process_mesh import Place, ProcessMesh
 from meshtape.cluster.ray_actors import RayActors, alive_nodes
 from meshtape.cluster.ray_connect import connect
 from meshtape.cluster.serve import Assignment
 from meshtape.cluster.socket_mesh import SocketMesh
+from meshtape.runtime.collectives.choice import SHARING_VARIABLE
 from meshtape.runtime.collectives.endpoint import machine
 from meshtape.runtime.errors import MeshError
 from meshtape.runtime.worker import Worker
 
 CHANNELS = ("socket", "ray")
-DEVICES = (None, "cpu", "gpu")
 # How long the workers may take to find each other and to connect.
 JOIN_SECONDS = 60.0
 BLAS_THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 
 def start(workers: int | None, mesh: Mapping[str, int] | None = None, *, address: str | None = None,
-          devices: str | None = None, threads_per_worker: int | None = None, heartbeat_timeout: float = 4.0,
-          channel: str = "socket", timeout: float = 300.0,
-          make_worker: Callable[..., Any] = Worker) -> ProcessMesh:
+          devices: str | None = None, gpus_per_worker: float = 1.0, memory_fraction: float | None = None,
+          threads_per_worker: int | None = None, heartbeat_timeout: float = 4.0, channel: str = "socket",
+          timeout: float = 300.0, make_worker: Callable[..., Any] = Worker) -> ProcessMesh:
     """A mesh of `workers` Ray actors; None: one per GPU of the cluster, or one per node if it has none.
 
     address: None starts a Ray here that ends with the mesh (or uses the one the process has).
-    devices: "cpu", "gpu", or None for GPUs where every worker can have one. channel: how messages travel.
+    devices: "cpu", "gpu", or None for GPUs where every worker can have one (or `gpus_per_worker`, if less).
+    memory_fraction: of its GPU's memory, for each worker. channel: how messages travel.
     timeout: seconds after which a collective gives up. Raises MeshError with nothing left running.
     """
-    if channel not in CHANNELS or devices not in DEVICES:
-        raise MeshError(f"channel={channel!r}, devices={devices!r}: needed one of the channels {CHANNELS} "
-                        f"and of the devices {DEVICES}")
+    if channel not in CHANNELS:
+        raise MeshError(f"channel={channel!r}: needed one of {CHANNELS}")
     if workers is not None:
         mesh_axes(workers, mesh)        # raises before anything is started
     actors = RayActors(connect(address, workers or 0))
     try:
-        gpus = int(ray.cluster_resources().get("GPU", 0))  # type: ignore[no-untyped-call]
+        gpus = floor(ray.cluster_resources().get("GPU", 0) / gpus_per_worker)  # type: ignore[no-untyped-call]
         if workers is None:
             workers = gpus if gpus and devices != "cpu" else len(alive_nodes())
         names, shape = mesh_axes(workers, mesh)
         gpu = devices == "gpu" or (devices is None and gpus >= workers)
-        actors.spawn(workers, gpu, environment(workers, gpu, threads_per_worker), health=channel == "ray")
+        actors.spawn(workers, gpus_per_worker if gpu else 0.0, environment(workers, gpu, threads_per_worker),
+                     health=channel == "ray")
         secret = secrets.token_bytes(32)
-        actors.prepare(Order(secret, machine(), channel, timeout, gpu, make_worker))
+        actors.prepare(Order(secret, machine(), channel, timeout, gpu, make_worker), shape[-1])
         device = common_device(actors.sites, devices)
-        assignments = [Assignment(rank, shape, [site.endpoint for site in actors.sites], device, timeout)
-                       for rank in range(workers)]
+        choices = [] if device == "cpu" else transports(actors.sites, shape, wish())
+        assignments = [Assignment(rank, shape, [site.endpoint for site in actors.sites], device, timeout,
+                                  tuple(choice.transport for choice in choices),
+                                  fraction_for(memory_fraction, gpus_per_worker)) for rank in range(workers)]
         where = places(actors.sites, device)
         if channel == "ray":
-            return join_by_calls(names, shape, where, actors, assignments, heartbeat_timeout)
-        return join_by_sockets(names, shape, where, actors, assignments, heartbeat_timeout, secret)
+            made = join_by_calls(names, shape, where, actors, assignments, heartbeat_timeout)
+        else:
+            made = join_by_sockets(names, shape, where, actors, assignments, heartbeat_timeout, secret)
+        made.reasons = [choice.reason for choice in choices] or made.reasons
+        return made
     except BaseException:
         actors.close()
         raise
@@ -111,9 +119,16 @@ def environment(workers: int, gpu: bool, threads: int | None) -> dict[str, str]:
     found = {name: str(threads) for name in BLAS_THREADS}
     if not gpu:
         found["CUDA_VISIBLE_DEVICES"] = ""
-    if "MESHTAPE_TRANSPORT" in os.environ:
-        found["MESHTAPE_TRANSPORT"] = os.environ["MESHTAPE_TRANSPORT"]
+    if wish():
+        found["MESHTAPE_TRANSPORT"] = wish()
+    if wish() == "nccl":
+        found[SHARING_VARIABLE] = "1"
     return found
+
+
+def wish() -> str:
+    """What the user wants of the transports, see runtime.collectives.choice."""
+    return os.environ.get("MESHTAPE_TRANSPORT", "")
 
 
 def common_device(sites: Sequence[Site], wanted: str | None) -> str:

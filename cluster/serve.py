@@ -17,6 +17,8 @@ from meshtape.cluster.channel import Channel, Listener
 from meshtape.cluster.health import BEAT_SECONDS
 from meshtape.cluster.wire import BROKEN, READY, RUN, frame, pack, reply_frame, run_of
 from meshtape.runtime.collectives.base import Communicator
+from meshtape.runtime.collectives.joining import join_devices
+from meshtape.runtime.gpu import open_device
 from meshtape.runtime.shards import axis_ranks
 
 if TYPE_CHECKING:
@@ -29,13 +31,19 @@ GRACE_SECONDS = 3.0
 
 
 class Assignment(NamedTuple):
-    """A worker's part in the mesh; `addresses` are the collectives' endpoints of all ranks."""
+    """A worker's part in the mesh; `addresses` are the collectives' endpoints of all ranks.
+
+    `device` is "cpu" or "gpu": then `transports` says per mesh axis how its collectives travel ("nccl",
+    "staged"), and `memory_fraction` how much of its GPU's memory a worker may take.
+    """
 
     rank: int
     mesh_shape: tuple[int, ...]
     addresses: list[Any]
     device: str
     timeout: float
+    transports: tuple[str, ...] = ()
+    memory_fraction: float | None = None
 
 
 class Guard:
@@ -96,11 +104,20 @@ class Guard:
         return False
 
 
-def join(endpoint: Endpoint, assignment: Assignment) -> list[Communicator]:
+def join(endpoint: Endpoint, assignment: Assignment, device: Any = "cpu") -> list[Communicator]:
     """One communicator per mesh axis. Every rank forms its groups in the order of the axes."""
     endpoint.connect(assignment.rank, assignment.addresses)
-    return [endpoint.group(axis_ranks(assignment.rank, assignment.mesh_shape, axis))
-            for axis in range(len(assignment.mesh_shape))]
+    groups = [endpoint.group(axis_ranks(assignment.rank, assignment.mesh_shape, axis))
+              for axis in range(len(assignment.mesh_shape))]
+    if assignment.device == "cpu":
+        return list(groups)
+    return [join_devices(group, device, transport)
+            for group, transport in zip(groups, assignment.transports, strict=True)]
+
+
+def device_of(assignment: Assignment) -> Any:
+    """What the worker computes on; Ray shows it the one GPU that it has."""
+    return "cpu" if assignment.device == "cpu" else open_device(0, assignment.memory_fraction)
 
 
 def serve(listener: Listener, endpoint: Endpoint, assignment: Assignment, guard: Guard,
@@ -110,9 +127,10 @@ def serve(listener: Listener, endpoint: Endpoint, assignment: Assignment, guard:
     listener.close()
     guard.watch_channel(channel)
     try:
-        communicators = join(endpoint, assignment)
+        device = device_of(assignment)
+        communicators = join(endpoint, assignment, device)
         guard.will_abort(communicators)
-        worker = make_worker(assignment.rank, assignment.mesh_shape, communicators, assignment.device)
+        worker = make_worker(assignment.rank, assignment.mesh_shape, communicators, device)
         channel.send(frame(READY, pack([communicator.kind for communicator in communicators])))
         answer(channel, worker, guard)
         worker.close()

@@ -22,8 +22,9 @@ def explain(*, show: bool = True) -> str:
     """The batch that was sent last (what is pending is sent first), one line for every step that workers run.
 
     Columns: op; shapes, dtypes and layouts of operands and results; what moved over the mesh and how many
-    bytes each worker sends for it (by the cost model); the line of the program that called it. Prints the
-    table unless show=False; returns it.
+    bytes each worker sends for it (by the cost model); the line of the program that called it. With workers on
+    GPUs, a line for each mesh axis says by what its collectives travel, and why. Prints the table unless
+    show=False; returns it.
     """
     session = current.session()
     if session.body:
@@ -35,9 +36,16 @@ def explain(*, show: bool = True) -> str:
             _fed(t.shape, t.dtype, t.placements, session.axes.shape) for instr, t in _feeds(session.last)
         )
         text = table(rows(session.last, session.axes), session.axes, fed)
+        text = "\n".join([text, *_links(session.mesh)])
     if show:
         print(text)
     return text
+
+
+def _links(mesh: Any) -> list[str]:
+    """How collectives travel along each mesh axis, where that was chosen, and why."""
+    return [f"{name}: {kind} ({reason})"
+            for name, kind, reason in zip(mesh.names, mesh.links, mesh.reasons, strict=True) if reason]
 
 
 def _feeds(sent: Any) -> list[Any]:

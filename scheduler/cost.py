@@ -39,6 +39,10 @@ LINKS = {
     "shm": Link(4e-6, 5e9),
     "tcp": Link(40e-6, 1e9, "tcp" in BESIDE),
     "nccl": Link(8e-6, 2e11, "nccl" in BESIDE),
+    # Device arrays by way of the host: over PCIe, through one of the above, and back.
+    "staged+shm": Link(40e-6, 3e9),
+    "staged+threads": Link(60e-6, 3e9),
+    "staged+tcp": Link(80e-6, 9e8),
 }
 # What of a bucket's time may be latency, where smaller buckets can start earlier; the size of a bucket where
 # they cannot, in bytes.

@@ -1,9 +1,10 @@
 """What a collective is, whatever carries it.
 
-A communicator joins `size` ranks. Every rank calls the same verbs in the same order with matching arguments;
-sums run in rank order, so all ranks, and all transports but NCCL (see nccl.py), get the same bits. A wait ends
-after `timeout` seconds without progress (CommTimeout), when a peer it needs dies (PeerLost) or when anyone
-aborts (CommAborted). After any of these the communicator stays unusable: what was exchanged is no longer known.
+A communicator joins `size` ranks. Every rank calls the same verbs in the same order with matching
+arguments; sums run in rank order, so all ranks, and all transports but NCCL (see nccl.py), get the same bits.
+A wait ends after `timeout` seconds without progress (CommTimeout), when a peer it needs dies (PeerLost) or
+when anyone aborts (CommAborted). After any of these the communicator stays unusable: what was exchanged is no
+longer known.
 """
 
 from __future__ import annotations

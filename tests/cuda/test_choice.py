@@ -53,7 +53,7 @@ def test_missing_or_different_nccl_is_staged_and_says_where() -> None:
 
 
 def test_some_workers_with_a_gpu_and_some_without_are_an_error() -> None:
-    with pytest.raises(MeshError, match='1 of 3 workers have no GPU.*devices="cpu"'):
+    with pytest.raises(MeshError, match=r'1 of 3 workers have no GPU.*devices="cpu"'):
         choose([members("a0", "a1", "b")])
 
 
