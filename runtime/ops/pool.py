@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from meshtape.runtime import dtypes
+from meshtape.runtime.cuda.kernels import pool as device_kernels
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import REQUIRED, Axes, Op, Sample, register
 from meshtape.runtime.ops.contraction import widen
@@ -369,18 +370,19 @@ max_pool: Op = register(Op(
     axes=lambda x, **attrs: Axes((_letters(len(x)),), (_letters(len(x)),) * 2), keeps="out1",
     vjp=(lambda g, out, x, **attrs: None if g[0] is None else max_pool_grad(
         g[0], out[1], size=tuple(x.shape[2:]), **attrs),),
-    samples=_max_samples))
+    samples=_max_samples, device=device_kernels.MAX_POOL))
 max_pool_grad: Op = register(Op(
     "max_pool_grad", kernel=_max_grad, attrs={"size": REQUIRED, **POOL}, shape=_max_grad_shape,
     dtype=_with_taps("max_pool_grad"), axes=_pool_axes, linear=((0,),), keeps="tap",
     vjp=(lambda u, out, g, tap, size, **attrs: max_pool_take(u, tap, **attrs), None),
     samples=lambda: [Sample((_max_shape(x, **a)[0], _tapped(x, a)), {"size": x[2:], **a})
-                     for x, a in _max_cases()]))
+                     for x, a in _max_cases()], device=device_kernels.MAX_POOL_GRAD))
 max_pool_take: Op = register(Op(
     "max_pool_take", kernel=_max_take, attrs=POOL, shape=_max_take_shape, dtype=_with_taps("max_pool_take"),
     axes=_pool_axes, linear=((0,),), keeps="tap",
     vjp=(lambda g, out, x, tap, **attrs: max_pool_grad(g, tap, size=tuple(x.shape[2:]), **attrs), None),
-    samples=lambda: [Sample((x, _tapped(x, a)), a) for x, a in _max_cases()]))
+    samples=lambda: [Sample((x, _tapped(x, a)), a) for x, a in _max_cases()],
+    device=device_kernels.MAX_POOL_TAKE))
 max_pool_index: Op = register(Op(
     "max_pool_index", kernel=_max_index, attrs={"size": REQUIRED, **POOL}, shape=lambda tap, **attrs: [tap],
     dtype=lambda tap, **attrs: ((tap,), (dtypes.int64,)), axes=_pool_axes,
@@ -390,20 +392,23 @@ avg_pool: Op = register(Op(
     "avg_pool", kernel=_avg_pool, attrs=AVERAGE, shape=_avg_shape, dtype=floated(COMPLEX)("avg_pool"),
     axes=_pool_axes, linear=((0,),),
     vjp=(lambda g, out, x, **attrs: avg_pool_grad(g, size=tuple(x.shape[2:]), **attrs),),
-    samples=_avg_samples(lambda x, a: Sample((x,), a))))
+    samples=_avg_samples(lambda x, a: Sample((x,), a)), device=device_kernels.AVG_POOL))
 avg_pool_grad: Op = register(Op(
     "avg_pool_grad", kernel=_avg_pool_grad, attrs={"size": REQUIRED, **AVERAGE}, shape=_avg_grad_shape,
     dtype=floated(COMPLEX)("avg_pool_grad"), axes=_pool_axes, linear=((0,),),
     vjp=(lambda u, out, g, size, **attrs: avg_pool(u, **attrs),),
-    samples=_avg_samples(lambda x, a: Sample((_avg_shape(x, **a)[0],), {"size": x[2:], **a}))))
+    samples=_avg_samples(lambda x, a: Sample((_avg_shape(x, **a)[0],), {"size": x[2:], **a})),
+    device=device_kernels.AVG_POOL_GRAD))
 
 adaptive_avg_pool: Op = register(Op(
     "adaptive_avg_pool", kernel=_adaptive(False), attrs={"count": REQUIRED}, shape=_adaptive_shape,
     dtype=floated(COMPLEX)("adaptive_avg_pool"), axes=_pool_axes, linear=((0,),),
     vjp=(lambda g, out, x, count: adaptive_avg_pool_grad(g, size=tuple(x.shape[2:])),),
-    samples=lambda: [Sample((x,), {"count": m}) for x, m in _ADAPTIVE]))
+    samples=lambda: [Sample((x,), {"count": m}) for x, m in _ADAPTIVE],
+    device=device_kernels.ADAPTIVE_AVG_POOL))
 adaptive_avg_pool_grad: Op = register(Op(
     "adaptive_avg_pool_grad", kernel=_adaptive(True), attrs={"size": REQUIRED}, shape=_adaptive_grad_shape,
     dtype=floated(COMPLEX)("adaptive_avg_pool_grad"), axes=_pool_axes, linear=((0,),),
     vjp=(lambda u, out, g, size: adaptive_avg_pool(u, count=tuple(g.shape[2:])),),
-    samples=lambda: [Sample(((*x[:2], *m),), {"size": x[2:]}) for x, m in _ADAPTIVE]))
+    samples=lambda: [Sample(((*x[:2], *m),), {"size": x[2:]}) for x, m in _ADAPTIVE],
+    device=device_kernels.ADAPTIVE_AVG_POOL_GRAD))
