@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from meshtape.runtime.cuda.kernels import recurrent as device_kernels
 from meshtape.runtime.op import lookup
 from meshtape.runtime.ops.activation import sigmoid
 from meshtape.runtime.ops.contraction import matmul
@@ -126,4 +127,5 @@ def _gru_steps(x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) -> A
 
 
 # Outputs: all hidden states, and r, z, n, m (T, 4, B, H) for backward.
-gru, gru_grad = Layer("gru", gates=3, states=1, saved=4).declare(_gru, _gru_grad, _gru_steps, "y saved")
+gru, gru_grad = Layer("gru", gates=3, states=1, saved=4).declare(
+    _gru, _gru_grad, _gru_steps, "y saved", (device_kernels.GRU, device_kernels.GRU_GRAD))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from meshtape.runtime.cuda.kernels import recurrent as device_kernels
 from meshtape.runtime.op import lookup
 from meshtape.runtime.ops.activation import sigmoid
 from meshtape.runtime.ops.contraction import matmul
@@ -120,4 +121,4 @@ def _lstm_steps(x: Any, h0: Any, c0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh:
 
 # Outputs: all hidden states, all cells, and the gates (T, 4, B, H), o, i, f, g, for backward.
 lstm, lstm_grad = Layer("lstm", gates=4, states=2, saved=4).declare(
-    _lstm, _lstm_grad, _lstm_steps, "y c gates")
+    _lstm, _lstm_grad, _lstm_steps, "y c gates", (device_kernels.LSTM, device_kernels.LSTM_GRAD))

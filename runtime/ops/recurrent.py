@@ -14,9 +14,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from meshtape.runtime.cuda.kernels import recurrent as device_kernels
 from meshtape.runtime.dtypes import promote
 from meshtape.runtime.errors import ShapeError
-from meshtape.runtime.op import Axes, Op, Sample, lookup, register
+from meshtape.runtime.op import Axes, DeviceKernel, Op, Sample, lookup, register
 from meshtape.runtime.ops.activation import relu
 from meshtape.runtime.ops.contraction import matmul
 from meshtape.runtime.ops.nested import differentiate
@@ -116,9 +117,9 @@ class Layer:
     # --- rows ---------------------------------------------------------------------------------------
 
     def declare(self, kernel: Callable[..., Any], grad_kernel: Callable[..., Any], steps: Callable[..., Any],
-                saved: str, **attrs: Any) -> tuple[Op, Op]:
+                saved: str, device: tuple[DeviceKernel, DeviceKernel], **attrs: Any) -> tuple[Op, Op]:
         """The layer's row and its gradient row. `saved` names the grad kernel's parameters that are outputs;
-        `attrs` are attributes with their defaults.
+        `device` are both rows' kernels for CUDA, `attrs` attributes with their defaults.
         """
         inputs = "x h0 c0" if self.states > 1 else "x h0"
         inputs += " w_ih w_hh b_ih b_hh"
@@ -127,12 +128,12 @@ class Layer:
         row = register(Op(
             self.name, kernel=kernel, shape=self.shape, dtype=self.dtype, axes=self.axes, n_out=self.n_out,
             vjp=self.vjp, keeps=f"{inputs} {outs}", samples=self.samples(False),
-            attrs=attrs, autocast="low"))
+            attrs=attrs, autocast="low", device=device[0]))
         grad = register(Op(
             f"{self.name}_grad", kernel=grad_kernel, shape=self.grad_shape, dtype=self.grad_dtype,
             axes=self.grad_axes, n_out=self.n_in, linear=(tuple(range(self.n_out)),),
             vjp=self.grad_vjp(steps), keeps=f"{cotangents} {inputs} {saved}", samples=self.samples(True),
-            attrs={**attrs, "input_grad": True}))
+            attrs={**attrs, "input_grad": True}, device=device[1]))
         return row, grad
 
     def samples(self, grad: bool) -> Callable[[], list[Sample]]:
@@ -208,4 +209,4 @@ def _rnn_steps(x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any, nonl
 
 
 rnn, rnn_grad = Layer("rnn", gates=1, states=1, saved=0).declare(
-    _rnn, _rnn_grad, _rnn_steps, "y", nonlinearity="tanh")
+    _rnn, _rnn_grad, _rnn_steps, "y", (device_kernels.RNN, device_kernels.RNN_GRAD), nonlinearity="tanh")
