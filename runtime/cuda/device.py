@@ -66,6 +66,12 @@ class Device:
         self._pools.add(pool)
         return pool
 
+    def share(self) -> None:
+        """Leave the pool what the other pools do not hold."""
+        if self.limit:
+            others = self.held() - self.pool.total_bytes()
+            self.pool.set_limit(size=max(1, self.limit - others))
+
     def held(self) -> int:
         """Bytes that this worker holds on the device, used or not."""
         return sum(pool.total_bytes() for pool in self._pools)

@@ -8,8 +8,9 @@ addresses that stay:
   place) are read and written where they are.
 * Blocks that moved are copied, before each replay, to where they were in the capture.
 * Fed arrays and Python numbers are loaded into the program's own memory (runtime.cuda.inputs).
-* Everything else comes from a memory pool of the graph's own. Results that the program keeps there are copied
-  to memory of their own after each replay.
+* Everything else comes from a memory pool of the graph's own. Results that the program keeps there (gradients
+  until zero_grad(), a loss) are good until its next replay; a block that still stands there then is moved out
+  first. Other programs may write their results over such blocks, so blocks are known by their addresses.
 
 A program is not captured when something in it cannot be: a collective that goes through the host, a kernel
 that waits for the device or reads its memory, numbers that kernels take by value and that keep changing.
@@ -22,8 +23,6 @@ from typing import Any, NamedTuple
 
 # Copies of blocks that move are worth it up to so many bytes per replay.
 MOVED_BYTES = 64 << 20
-# So much may be copied out of a graph's memory after each replay: bytes, and arrays.
-KEPT_BYTES, KEPT_ARRAYS = 64 << 20, 64
 # A program whose blocks keep moving is captured at most so often.
 CAPTURES = 4
 # Runs of a body before it is captured, of those that the generated function does.
@@ -72,14 +71,22 @@ class Captured(NamedTuple):
     spots: tuple[Spot, ...]
     buffers: Mapping[int, Any]              # by position: where arrays that move are copied to
     numbers: tuple[str, ...]                # by value
-    kept: tuple[tuple[int, Any, bool], ...]     # (slot, array, whether it stands in the graph's memory)
+    kept: tuple[tuple[int, Any], ...]       # (slot, array)
+    own: frozenset[int]                     # slots of those that stand in the graph's memory
+    foreign: tuple[tuple[int, Any], ...]    # (slot, replay in whose graph's memory it stands) of others
 
 
 class Replay:
-    """One program's way from running step by step to being replayed. `reason`: why it is not, or ""."""
+    """One program's way from running step by step to being replayed. `reason`: why it is not, or "".
 
-    def __init__(self, device: Any, program: Any, capturable: Sequence[bool]) -> None:
+    `owners` are the replays of all programs by the addresses of results in their graphs' memory.
+    """
+
+    def __init__(self, device: Any, program: Any, capturable: Sequence[bool],
+                 owners: dict[int, Replay]) -> None:
         self.device = device
+        self.owners = owners
+        self.lent: list[int] = []           # ids of blocks that may stand in the graph's memory
         self.program = program
         self.reason = refusal(program.steps, capturable)
         self.replays = 0
@@ -94,7 +101,7 @@ class Replay:
             scalars: Sequence[Any], feeds: Sequence[Any]) -> None:
         """Do what `code(blocks, ids, scalars, feeds)` does, by the graph where there is one."""
         if self.reason:
-            code(blocks, ids, scalars, feeds)
+            self._plainly(code, blocks, ids, scalars, feeds)
             return
         arrays = [blocks[ids[slot]] for slot in self.program.external]
         spots = tuple(map(spot, arrays))
@@ -104,15 +111,35 @@ class Replay:
             if self.reason or not self._due(spots, numbers):
                 self._runs += 1
                 self._spots, self._numbers = spots, numbers
-                code(blocks, ids, scalars, feeds)
+                self._plainly(code, blocks, ids, scalars, feeds)
                 return
             self._capture(code, blocks, ids, scalars, feeds, arrays)
-        room = None if self.captured is None else self._room([a for _, a, own in self.captured.kept if own])
-        if room is None:
-            self.drop()
-            code(blocks, ids, scalars, feeds)
+        if self.captured is not None and self._move_out(blocks, ids):
+            self._launch(blocks, ids, arrays)
         else:
-            self._launch(blocks, ids, arrays, room)
+            self.drop()
+            self._plainly(code, blocks, ids, scalars, feeds)
+
+    def _plainly(self, code: Callable[..., None], blocks: dict[int, Any], ids: Sequence[int],
+                 scalars: Sequence[Any], feeds: Sequence[Any]) -> None:
+        code(blocks, ids, scalars, feeds)
+        note_lent(self.owners, blocks, [ids[slot] for slot in self.program.kept])
+
+    def _move_out(self, blocks: dict[int, Any], ids: Sequence[int]) -> bool:
+        """Give memory of their own to blocks in the graph's memory that outlive the next replay; False if
+        there is none.
+        """
+        taken = {ids[slot] for slot in self.program.taken} if self.lent else set()
+        staying = [name for name in self.lent
+                   if name in blocks and name not in taken and owner_of(self.owners, blocks[name]) is self]
+        room = self._room([blocks[name] for name in staying])
+        if room is None:
+            return False
+        for name, target in zip(staying, room, strict=True):
+            target[...] = blocks[name]
+            blocks[name] = target
+        self.lent = []
+        return True
 
     def _room(self, like: Sequence[Any]) -> list[Any] | None:
         """Arrays like these; None without memory for them, and then `reason` says so."""
@@ -150,8 +177,7 @@ class Replay:
     def _due(self, spots: tuple[Spot, ...], numbers: tuple[str, ...]) -> bool:
         return self._runs + 1 >= RUNS_BEFORE and numbers == self._numbers
 
-    def _launch(self, blocks: dict[int, Any], ids: Sequence[int], arrays: Sequence[Any],
-                room: Sequence[Any]) -> None:
+    def _launch(self, blocks: dict[int, Any], ids: Sequence[int], arrays: Sequence[Any]) -> None:
         made = self.captured
         assert made is not None
         for k, buffer in made.buffers.items():
@@ -160,13 +186,11 @@ class Replay:
         made.graph.launch(self.device.stream)
         for slot in self.program.taken:
             blocks.pop(ids[slot], None)
-        free = iter(room)
-        for slot, array, own in made.kept:
-            if own:
-                target = next(free)
-                target[...] = array
-                array = target
+        for slot, array in made.kept:
             blocks[ids[slot]] = array
+        self.lent = [ids[slot] for slot in made.own]
+        for slot, other in made.foreign:
+            other.lent.append(ids[slot])
         self.replays += 1
 
     def _capture(self, code: Callable[..., None], blocks: dict[int, Any], ids: Sequence[int],
@@ -190,14 +214,14 @@ class Replay:
         if graph is None:
             return
         fixed = {a.data.ptr for k, a in enumerate(arrays) if k not in buffers}
-        kept = tuple((slot, a, a.data.ptr not in fixed)
-                     for slot, a in ((slot, table[ids[slot]]) for slot in self.program.kept))
-        own = [a.nbytes for _, a, inside in kept if inside]
-        if sum(own) > KEPT_BYTES or len(own) > KEPT_ARRAYS:
-            self.reason = f"it keeps {len(own)} results of {sum(own) >> 20} MiB together in every run"
-            return
+        kept = tuple((slot, table[ids[slot]]) for slot in self.program.kept)
+        own = frozenset(slot for slot, a in kept if a.data.ptr not in fixed)
+        found_owners = [(slot, owner_of(self.owners, a)) for slot, a in kept if slot not in own]
+        self.owners.update((a.data.ptr, self) for slot, a in kept if slot in own)
         self.captured = Captured(graph, pool, tuple(spot(buffers.get(k, a)) for k, a in enumerate(arrays)),
-                                 buffers, self._numbers, kept)
+                                 buffers, self._numbers, kept, own,
+                                 tuple((slot, o) for slot, o in found_owners if o is not None))
+        self.device.share()
 
     def _record(self, code: Callable[..., None], table: dict[int, Any], ids: Sequence[int],
                 scalars: Sequence[Any], feeds: Sequence[Any], pool: Any) -> Any:
@@ -230,7 +254,26 @@ class Replay:
         """Give the graph up, once the device is done with it."""
         if self.captured is not None:
             self.device.synchronize()
+            for _, array in self.captured.kept:
+                if self.owners.get(array.data.ptr) is self:
+                    del self.owners[array.data.ptr]
             self.captured = None
+            self.device.share()
+
+
+def owner_of(owners: Mapping[int, Replay], value: Any) -> Replay | None:
+    """In whose graph's memory an array stands; None for what is no array."""
+    data = getattr(value, "data", None)
+    return None if data is None else owners.get(data.ptr)
+
+
+def note_lent(owners: Mapping[int, Replay], blocks: Mapping[int, Any], names: Sequence[int]) -> None:
+    """After a run that made these blocks: they may have been written over blocks in a graph's memory."""
+    if owners:
+        for name in names:
+            owner = owner_of(owners, blocks[name])
+            if owner is not None:
+                owner.lent.append(name)
 
 
 class GraphCounts:
@@ -238,9 +281,10 @@ class GraphCounts:
 
     def __init__(self) -> None:
         self._all: list[Replay] = []
+        self.owners: dict[int, Replay] = {}
 
     def add(self, device: Any, program: Any, communicators: Sequence[Any]) -> Replay:
-        made = Replay(device, program, [c.size == 1 or c.capturable for c in communicators])
+        made = Replay(device, program, [c.size == 1 or c.capturable for c in communicators], self.owners)
         self._all.append(made)
         return made
 
