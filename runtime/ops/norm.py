@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from meshtape.runtime.cuda.kernels import norm as cuda_norm
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import ALPHABET, Axes, Op, Sample, register
 from meshtape.runtime.ops.contraction import widen
@@ -255,19 +256,23 @@ def _grad_samples(affine: bool) -> Callable[[], list[Sample]]:
 
 layer_norm: Op = register(Op(
     "layer_norm", kernel=_layer_norm, attrs=NORM_ATTRS, shape=_normalize_shape, dtype=_normalize_dtype,
+    device=cuda_norm.layer_norm,
     axes=_normalize_axes, n_out=3, vjp=_layer_norm_vjp, keeps="x weight out1 out2",
     autocast="float32",
     samples=lambda: [Sample((s, s[len(s) - n:], s[len(s) - n:]), {"ndim": n, "eps": 0.1})
                      for s, n in _SHAPES]))
 normalize: Op = register(Op(
     "normalize", kernel=_normalize, attrs=NORM_ATTRS, shape=_normalize_shape, dtype=_normalize_dtype,
+    device=cuda_norm.normalize,
     axes=_normalize_axes, n_out=3, vjp=_normalize_vjp, keeps="x out1 out2", autocast="float32",
     samples=lambda: [Sample((s,), {"ndim": n, "eps": 0.1}) for s, n in _SHAPES]))
 layer_norm_grad: Op = register(Op(
     "layer_norm_grad", kernel=_layer_norm_grad, attrs={"ndim": 1}, shape=_grad_shape, dtype=_grad_dtype,
+    device=cuda_norm.layer_norm_grad,
     axes=_grad_axes, n_out=3, linear=((0,),), vjp=_layer_norm_grad_vjp, keeps="g x mean_ rstd weight",
     samples=_grad_samples(True)))
 normalize_grad: Op = register(Op(
     "normalize_grad", kernel=_normalize_grad, attrs={"ndim": 1}, shape=_grad_shape, dtype=_grad_dtype,
+    device=cuda_norm.normalize_grad,
     axes=_grad_axes, linear=((0,),), vjp=_normalize_grad_vjp, keeps="g x mean_ rstd",
     samples=_grad_samples(False)))

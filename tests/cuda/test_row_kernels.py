@@ -69,7 +69,7 @@ def normal(seed: int, shape: tuple[int, ...], dtype: str, low: float = 0, spread
 # --- every sample of every row ------------------------------------------------------------------------
 
 ROWS = ["softmax", "log_softmax", "softmax_grad", "log_softmax_grad", "cross_entropy", "cross_entropy_grad",
-        "nll", "nll_grad"]
+        "nll", "nll_grad", "layer_norm", "normalize", "layer_norm_grad", "normalize_grad"]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -200,3 +200,73 @@ def test_the_sum_of_losses_is_the_same_every_time(device: Any) -> None:
     assert op is not None
     first, again = (op.run(device, *given, ignore_index=-100, label_smoothing=0.0)[0].get() for _ in range(2))
     assert first.tobytes() == again.tobytes()
+
+
+# --- layer norm -----------------------------------------------------------------------------------------
+
+NORM_SHAPES = [(9, 1), (200, 7), (300, 16), (40, 64), (6, 130), (9, 768), (3, 1025), (3, 4096)]
+
+
+def norm_inputs(shape: tuple[int, ...], dtype: str) -> list[Any]:
+    """x with a mean that is not small, weight and bias."""
+    return [normal(0, shape, dtype, low=10), *(normal(k, shape[1:], dtype, low=1) for k in (1, 2))]
+
+
+def grad_inputs(shape: tuple[int, ...], dtype: str, affine: bool) -> list[Any]:
+    x, weight, _ = norm_inputs(shape, dtype)
+    wide = x.astype("float64")
+    acc = "float64" if dtype == "float64" else "float32"
+    mean, rstd = wide.mean(1, keepdims=True), 1 / np.sqrt(wide.var(1, keepdims=True) + 1)
+    return [normal(3, shape, dtype), x, mean.astype(acc), rstd.astype(acc), *([weight] if affine else [])]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_layer_norm_of_rows_of_every_width(device: Any, dtype: str) -> None:
+    for shape in NORM_SHAPES:
+        x, weight, bias = norm_inputs(shape, dtype)
+        check(device, "layer_norm", [x, weight, bias], {"eps": 1e-5}, loose=20)
+        if shape[1] > 1:
+            check(device, "normalize", [x], {"eps": 1e-5}, loose=20)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_layer_norm_gradient_of_rows_of_every_width(device: Any, dtype: str) -> None:
+    for shape in NORM_SHAPES:
+        check(device, "layer_norm_grad", grad_inputs(shape, dtype, True), loose=40)
+        check(device, "normalize_grad", grad_inputs(shape, dtype, False), loose=40)
+
+
+def test_layer_norm_of_rows_that_are_read_again_and_of_several_dimensions(device: Any) -> None:
+    for dtype in ("float32", "bfloat16", "float64"):
+        check(device, "layer_norm", norm_inputs((2, 17000), dtype), loose=20)
+        check(device, "layer_norm_grad", grad_inputs((3, 17000), dtype, True), loose=40)
+    x = normal(0, (3, 5, 4, 6), "float32")
+    check(device, "layer_norm", [x, x[0, 0], x[1, 1]], {"ndim": 2}, loose=20)
+    check(device, "normalize", [x], {"ndim": 3}, loose=20)
+
+
+@pytest.mark.parametrize("place", [unaligned, spread])
+def test_layer_norm_of_what_is_not_aligned_or_contiguous(device: Any, place: Any) -> None:
+    check(device, "layer_norm", norm_inputs((6, 64), "float32"), place=place, loose=20)
+    check(device, "layer_norm_grad", grad_inputs((70, 64), "float16", True), place=place, loose=40)
+
+
+@pytest.mark.parametrize("name", ["softmax", "layer_norm_grad"])
+def test_results_do_not_depend_on_alignment(device: Any, name: str) -> None:
+    inputs = [normal(0, (40, 64), "float32")] if name == "softmax" else grad_inputs((40, 64), "float32", True)
+    op = TABLE[name]
+    assert op.device is not None
+    first, second = (op.device.run(device, *(place(device, x) for x in inputs), **op.attrs)
+                     for place in (to_device, unaligned))
+    pairs = zip(first, second, strict=True) if op.n_out > 1 else [(first, second)]
+    assert all(a.get().tobytes() == b.get().tobytes() for a, b in pairs)
+
+
+def test_column_sums_of_long_matrices(device: Any) -> None:
+    from meshtape.runtime.cuda.kernels.columns import column_sums
+    for shape in ((1, 1), (3, 40), (2000, 3), (1500, 70)):
+        for dtype in ("float32", "float16", "float64"):
+            x = normal(0, shape, dtype)
+            got = column_sums(device, device.cp.asarray(x), np.dtype(dtype)).get()
+            np.testing.assert_allclose(got, x.astype("float64").sum(0), 2e-3 if dtype == "float16" else 1e-5,
+                                       1e-3 if dtype == "float16" else 1e-4)

@@ -45,7 +45,7 @@ cross_entropy(const T* x, const I* target, T* p, A* totals, long long* counts, i
 #else
 #if SMOOTH
     vectors(width, [&](int k, int c) {
-      const auto v = load<V>(from + c);
+      const auto v = read(from + c);
 #pragma unroll
       for (int i = 0; i < V; ++i) sum += to_acc(v[i]);
     });
@@ -63,11 +63,11 @@ cross_entropy(const T* x, const I* target, T* p, A* totals, long long* counts, i
 #pragma unroll
       for (int i = 0; i < V; ++i) y[i] = T(e[k][i] * scale);
 #else
-      const auto v = load<V>(from + c);
+      const auto v = read(from + c);
 #pragma unroll
       for (int i = 0; i < V; ++i) y[i] = T(exp(to_acc(v[i]) - s.top) * scale);
 #endif
-      store(p + row * width + c, y);
+      write(p + row * width + c, y);
     });
     const long long t = target[row];
     if (lane_of_group() == 0 && t != ignored) {
@@ -112,7 +112,7 @@ cross_entropy_grad(const G* g, const T* p, const I* target, T* out, index_t rows
     const A scale = !counts ? A(0) : t >= 0 && t < width ? A(*g) : A(__int_as_float(0x7fc00000));
     const A others = smoothing / width * scale, own = (1 - smoothing) * scale;
     vectors(width, [&](int, int c) {
-      const auto v = load<V>(p + row * width + c);
+      const auto v = read(p + row * width + c);
       Vec<T, V> d;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -120,7 +120,7 @@ cross_entropy_grad(const G* g, const T* p, const I* target, T* out, index_t rows
         if (c + i == t) value -= own;
         d[i] = T(value);
       }
-      store(out + row * width + c, d);
+      write(out + row * width + c, d);
     });
   });
 }

@@ -18,7 +18,7 @@ BLOCK = 128             # threads of a block whose rows belong to a warp or less
 MOST = 1024             # threads of a block; of float64 half as many, and half as many elements in each
 LAST = 2**31 - 1        # blocks of a grid
 
-# Macros: T, V, GROUP, PER, HELD. `A` is what T is computed in.
+# Macros: T, V, GROUP, PER, HELD, ALIGNED. `A` is what T is computed in.
 ROWS = r'''
 typedef acc_t<T> A;
 constexpr int THREADS = GROUP > 32 ? GROUP : 128;
@@ -43,6 +43,26 @@ template <class F> __device__ __forceinline__ A over_group(A x, A* room, A neutr
 __device__ __forceinline__ int lane_of_group() { return threadIdx.x % GROUP; }
 // The column of this thread's vector k.
 __device__ __forceinline__ int column(int k) { return (k * GROUP + lane_of_group()) * V; }
+
+// V elements, in one access if rows are ALIGNED. Which thread has which elements does not depend on it.
+__device__ __forceinline__ Vec<T, V> read(const T* p) {
+#if ALIGNED
+  return load<V>(p);
+#else
+  Vec<T, V> x;
+#pragma unroll
+  for (int i = 0; i < V; ++i) x[i] = p[i];
+  return x;
+#endif
+}
+__device__ __forceinline__ void write(T* p, const Vec<T, V>& x) {
+#if ALIGNED
+  store(p, x);
+#else
+#pragma unroll
+  for (int i = 0; i < V; ++i) p[i] = x[i];
+#endif
+}
 
 // f(k, column) for every vector of this thread in a row of so many columns; k counts to PER if HELD.
 template <class F> __device__ __forceinline__ void vectors(int width, F f) {
@@ -73,26 +93,20 @@ class Plan(NamedTuple):
     at_once: int
 
 
-def vector(width: int, itemsize: int, pointers: Sequence[int]) -> int:
-    """Elements in 16 bytes if rows begin and end at multiples of that, else 1."""
-    count = 16 // itemsize
-    return count if width % count == 0 and not any(p % 16 for p in pointers) else 1
-
-
-def plan(width: int, dtype: Any, arrays: Sequence[Any], held: int) -> Plan:
+def plan(width: int, dtype: Any, arrays: Sequence[Any], held: int, most_threads: int = MOST) -> Plan:
     """For rows of `width` > 0 elements of `dtype`, of which a thread keeps at most `held`; `arrays` are
     matrices of such rows, or vectors along them.
     """
-    v = vector(width, dtype.itemsize, [a.data.ptr for a in arrays])
-    double = dtype.itemsize // 8 + 1
-    vectors, most, threads = -(-width // v), max(1, held // double // v), MOST // double
+    v, double = 16 // dtype.itemsize, dtype.itemsize // 8 + 1
+    v = v if width % v == 0 else 1
+    vectors, most, threads = -(-width // v), max(1, held // double // v), most_threads // double
     if vectors <= 32 * most:
         group = min(32, _power(vectors))
     else:
         group = min(threads, max(64, _power(-(-vectors // most))))
     keeps = vectors <= group * most
     macros = {"T": ctype(dtype), "V": v, "GROUP": group, "PER": -(-vectors // group) if keeps else 1,
-              "HELD": int(keeps)}
+              "HELD": int(keeps), "ALIGNED": int(v == 1 or not any(a.data.ptr % 16 for a in arrays))}
     threads = max(group, BLOCK) if group <= 32 else group
     return Plan(macros, threads, threads // group)
 
@@ -123,16 +137,17 @@ def equal_floats(shapes: Sequence[Any], given: Sequence[Any], attrs: Any = None)
     return floating(*given) and len({d.name for d in given}) == 1
 
 
-def variants(held: int, *more: dict[str, Any]) -> tuple[dict[str, str], ...]:
+def variants(held: int, *more: dict[str, Any], most_threads: int = MOST) -> tuple[dict[str, str], ...]:
     """Macros that tests compile a source with: every dtype, the widest rows held and a longer one."""
     found = []
     for name in FLOATS:
         size = {"float64": 8, "float32": 4}.get(name, 2)
         v, double = 16 // size, size // 8 + 1
-        most, threads = held // double, MOST // double
+        most, threads = held // double, most_threads // double
         shapes = [(v, 32, max(1, most // v), 1), (1, 8, 1, 1), (1, threads, most, 1), (v, threads, 1, 0)]
         for k, (vec, group, per, kept) in enumerate(shapes):
             extra = more[k % len(more)] if more else {}
             found.append({"T": ctype(name), "V": str(vec), "GROUP": str(group), "PER": str(per),
-                          "HELD": str(kept), **extra})
+                          "HELD": str(kept), "ALIGNED": "1", **extra})
+    found.append({**found[0], "ALIGNED": "0"})
     return tuple(found)

@@ -25,7 +25,7 @@ __device__ __forceinline__ void read_row(const T* p, int width, bool there, A (&
 #pragma unroll
   for (int k = 0; k < PER; ++k) {
     if (there && column(k) < width) {
-      const auto v = load<V>(p + column(k));
+      const auto v = read(p + column(k));
 #pragma unroll
       for (int i = 0; i < V; ++i) x[k][i] = to_acc(v[i]);
     } else {
@@ -55,7 +55,7 @@ __device__ __forceinline__ Statistics exponentials(A (&x)[PER][V], A* room) {
 __device__ __forceinline__ Statistics statistics(const T* p, int width, A* room) {
   A top = -infinity<A>(), total = 0;
   for (int c = column(0); c < width; c += GROUP * V) {
-    const auto v = load<V>(p + c);
+    const auto v = read(p + c);
     A here = top;
 #pragma unroll
     for (int i = 0; i < V; ++i) here = maximum(here, to_acc(v[i]));
@@ -96,7 +96,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) softmax(const T* x, T* out
     vectors(width, [&](int k, int c) {
       Vec<T, V> y;
 #if !HELD
-      const auto v = load<V>(from + c);
+      const auto v = read(from + c);
 #endif
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -110,7 +110,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) softmax(const T* x, T* out
         y[i] = T(exp(to_acc(v[i]) - s.top) * scale);
 #endif
       }
-      store(to + c, y);
+      write(to + c, y);
     });
   });
 }
@@ -130,9 +130,9 @@ softmax_grad(const T* g, const T* y, T* out, index_t rows, int width) {
     A u[PER][V], p[PER][V];
 #endif
     if (there) vectors(width, [&](int k, int c) {
-      const auto gv = load<V>(gs + c);
+      const auto gv = read(gs + c);
 #if HELD || !LOG
-      const auto yv = load<V>(ys + c);
+      const auto yv = read(ys + c);
 #endif
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -151,7 +151,7 @@ softmax_grad(const T* g, const T* y, T* out, index_t rows, int width) {
     vectors(width, [&](int k, int c) {
       Vec<T, V> d;
 #if !HELD
-      const auto gv = load<V>(gs + c), yv = load<V>(ys + c);
+      const auto gv = read(gs + c), yv = read(ys + c);
 #endif
 #pragma unroll
       for (int i = 0; i < V; ++i) {
@@ -162,7 +162,7 @@ softmax_grad(const T* g, const T* y, T* out, index_t rows, int width) {
 #endif
         d[i] = T(LOG ? a - exp(b) * total : b * (a - total));
       }
-      store(to + c, d);
+      write(to + c, d);
     });
   });
 }
