@@ -213,6 +213,7 @@ def _unique_cases() -> list[tuple[Shape, tuple[Any, ...], Ints, int]]:
 index_update: Op = register(Op(
     "index_update",
     kernel=_index_update,
+    device=scatter.INDEX_UPDATE,
     attrs=PLACES,
     shape=_written_shape("index_update"),
     dtype=_written_dtype("index_update"),

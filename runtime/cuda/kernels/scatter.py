@@ -8,13 +8,14 @@ the segments that a piece shares with its neighbours to a buffer, and a second k
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from typing import Any
 
 import numpy as np
 
 from meshtape.runtime.cuda.kernels.arrays import compact
-from meshtape.runtime.cuda.kernels.embedding import WRAP, outer_inner, put_along, unit_of
+from meshtape.runtime.cuda.kernels.embedding import UNITS, WRAP, outer_inner, put_along, unit_of
 from meshtape.runtime.cuda.kernels.sorting import sort_keys
 from meshtape.runtime.cuda.source import ctype, source
 from meshtape.runtime.op import DeviceKernel
@@ -133,6 +134,18 @@ extern "C" __global__ void __launch_bounds__(256) sums_of_few(const T* values, c
 }
 """
 
+PUT_CODE = r"""
+// out[key] = the last of the rows with that key; rows of `width` units
+extern "C" __global__ void __launch_bounds__(256) put_last(const U* values, const unsigned* keys,
+                                                           const unsigned* places, U* out, long long m,
+                                                           long long width) {
+  for (long long at = blockIdx.x * 256ll + threadIdx.x; at < m * width; at += gridDim.x * 256ll) {
+    const long long i = at / width, unit = at - i * width;
+    if (i + 1 == m || keys[i + 1] != keys[i]) out[keys[i] * width + unit] = values[places[i] * width + unit];
+  }
+}
+"""
+
 DTYPES = ("float32", "float64", "float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "uint16",
           "uint32", "uint64")
 ROW_KEYS = source("row_keys", KEYS, ("row_keys",))
@@ -140,6 +153,7 @@ SEGMENTS = source("segment_sums", SUMS, ("segment_sums", "join_sums"), (
     {"T": "float", "EACH": "4"}, {"T": "float", "EACH": "1"}, {"T": "bfloat16", "EACH": "8"},
     {"T": "float16", "EACH": "1"}, {"T": "double", "EACH": "2"}, {"T": "int64", "EACH": "1"}))
 SUMS_OF_FEW = source("sums_of_few", FEW_CODE, ("sums_of_few",), tuple({"T": ctype(d)} for d in DTYPES[:4]))
+PUT_LAST = source("put_last", PUT_CODE, ("put_last",), tuple({"U": name} for name in UNITS.values()))
 
 
 # --- sums -------------------------------------------------------------------------------------------
@@ -180,9 +194,9 @@ def sums_by_key(dev: Any, values: Any, keys: Any, n: int, skip: int = -1) -> Any
     return out
 
 
-def fits(given: Any, items: int, rows: int) -> bool:
+def fits(dtype: str, items: int, rows: int) -> bool:
     """Whether so many rows of values of a dtype can be sorted by so many keys."""
-    return given.name in DTYPES and items < 2**31 and 0 < rows < 2**32
+    return dtype in DTYPES and items < 2**31 and 0 < rows < 2**32
 
 
 # --- kernels of rows --------------------------------------------------------------------------------
@@ -194,7 +208,7 @@ def _embedding_grad(dev: Any, g: Any, indices: Any, num_embeddings: int, padding
 
 
 EMBEDDING_GRAD = DeviceKernel(_embedding_grad, lambda shapes, given, attrs: fits(
-    given[0], prod(shapes[1]), attrs["num_embeddings"]))
+    given[0].name, prod(shapes[1]), attrs["num_embeddings"]))
 
 
 def _take_grad(dev: Any, g: Any, indices: Any, shape: Shape, axis: int) -> Any:
@@ -205,7 +219,7 @@ def _take_grad(dev: Any, g: Any, indices: Any, shape: Shape, axis: int) -> Any:
 
 def _takes(shapes: Any, given: Any, attrs: dict[str, Any]) -> bool:
     outer, n, _ = outer_inner(attrs["shape"], attrs["axis"])
-    return fits(given[0], outer * prod(shapes[1]), outer * n)
+    return fits(given[0].name, outer * prod(shapes[1]), outer * n)
 
 
 TAKE_GRAD = DeviceKernel(_take_grad, _takes)
@@ -236,40 +250,83 @@ def _sums_of_few(dev: Any, g: Any, indices: Any, extent: int, d: int) -> Any:
 
 
 ALONG_GRAD = DeviceKernel(_along_grad, lambda shapes, given, attrs: fits(
-    given[0], prod(shapes[0]), attrs["extent"] * prod(shapes[0]) // max(1, shapes[0][attrs["axis"]])))
+    given[0].name, prod(shapes[0]), attrs["extent"] * prod(shapes[0]) // max(1, shapes[0][attrs["axis"]])))
+
+
+class Places:
+    """Where the selection by index arrays lies in a tensor, as the plain kernels go about it: the tensor as
+    (n, inner), with the indexed dimensions in front.
+    """
+
+    def __init__(self, dev: Any, shape: Shape, indices: Sequence[Any], dims: Sequence[int], at: int) -> None:
+        self.dev, self.shape, self.at = dev, shape, at
+        rest = [d for d in range(len(shape)) if d not in dims]
+        self.order = [*dims, *rest]
+        self.n, self.inner = prod(shape[d] for d in dims), prod(shape[d] for d in rest)
+        flat: Any = 0
+        for d, i in zip(dims, indices, strict=True):
+            flat = flat * shape[d] + i % shape[d]
+        self.ndim = flat.ndim
+        self.selected = (*(shape[d] for d in rest[:at]), *flat.shape, *(shape[d] for d in rest[at:]))
+        self.keys = flat.astype(dev.cp.uint32).reshape(-1)
+
+    def rows(self, values: Any) -> Any:
+        """Values in the shape of the selection as (indices, inner)."""
+        ends = tuple(range(self.ndim))
+        turned = self.dev.cp.moveaxis(values, tuple(self.at + d for d in ends), ends)
+        return compact(self.dev, turned).reshape(self.keys.size, self.inner)
+
+    def back(self, found: Any) -> Any:
+        """(n, inner) in the tensor's shape."""
+        turned = found.reshape([self.shape[d] for d in self.order])
+        return turned.transpose([self.order.index(d) for d in range(len(self.shape))])
 
 
 def _index_grad(dev: Any, g: Any, *indices: Any, shape: Shape, dims: tuple[int, ...], at: int) -> Any:
-    """As the plain kernel goes about it."""
-    cp = dev.cp
-    rest = [d for d in range(len(shape)) if d not in dims]
-    flat: Any = 0
-    for d, i in zip(dims, indices, strict=True):
-        flat = flat * shape[d] + i % shape[d]
-    n, inner, r = prod(shape[d] for d in dims), prod(shape[d] for d in rest), flat.ndim
-    values = cp.moveaxis(g, tuple(range(at, at + r)), tuple(range(r)))
-    keys = flat.astype(cp.uint32).reshape(-1)
-    sums = sums_by_key(dev, compact(dev, values).reshape(keys.size, inner), keys, n)
-    order = [*dims, *rest]
-    return sums.reshape([shape[d] for d in order]).transpose([order.index(d) for d in range(len(shape))])
+    places = Places(dev, shape, indices, dims, at)
+    return places.back(sums_by_key(dev, places.rows(g), places.keys, places.n))
 
 
 def _indexes(shape: Shape, shapes: Any, given: Any, dims: tuple[int, ...]) -> bool:
     items = prod(np.broadcast_shapes(*shapes))
-    return fits(given, items, prod(shape[d] for d in dims))
+    return fits(given.name, items, prod(shape[d] for d in dims))
 
 
 INDEX_GRAD = DeviceKernel(_index_grad, lambda shapes, given, attrs: _indexes(
     attrs["shape"], shapes[1:], given[0], attrs["dims"]))
 
 
+def _spread(dev: Any, value: Any, dtype: Any, shape: Shape) -> Any:
+    """An array or a number in a dtype, broadcast."""
+    given = value.astype(dtype, copy=False) if hasattr(value, "dtype") else dev.cp.full((), value, dtype)
+    return dev.cp.broadcast_to(given, shape)
+
+
 def _index_add(dev: Any, x: Any, value: Any, *indices: Any, dims: tuple[int, ...], at: int) -> Any:
-    cp, rest = dev.cp, [n for d, n in enumerate(x.shape) if d not in dims]
-    picked = np.broadcast_shapes(*(i.shape for i in indices))
-    value = value.astype(x.dtype, copy=False) if hasattr(value, "dtype") else cp.full((), value, x.dtype)
-    values = cp.broadcast_to(value, (*rest[:at], *picked, *rest[at:]))
-    return x + _index_grad(dev, values, *indices, shape=x.shape, dims=dims, at=at)
+    places = Places(dev, x.shape, indices, dims, at)
+    values = places.rows(_spread(dev, value, x.dtype, places.selected))
+    return x + places.back(sums_by_key(dev, values, places.keys, places.n))
 
 
 INDEX_ADD = DeviceKernel(_index_add, lambda shapes, given, attrs: _indexes(
     shapes[0], shapes[2:], given[0], attrs["dims"]))
+
+
+def _index_update(dev: Any, x: Any, value: Any, *indices: Any, dims: tuple[int, ...], at: int) -> Any:
+    """Of two values for one place the last wins, which CuPy's indexing leaves open."""
+    places = Places(dev, x.shape, indices, dims, at)
+    out = dev.cp.array(x.transpose(places.order), order="C").reshape(places.n, places.inner)
+    values = places.rows(_spread(dev, value, x.dtype, places.selected))
+    if values.size:
+        keys, order = sort_keys(dev, places.keys, (places.n - 1).bit_length())
+        unit = unit_of(places.inner * x.itemsize, values, out)
+        width = places.inner * x.itemsize // unit
+        dev.kernels(PUT_LAST, "put_last", U=UNITS[unit])(
+            (dev.kernels.blocks_for(keys.size * width, 256),), (256,),
+            (values, keys, order, out, np.int64(keys.size), np.int64(width)))
+    return places.back(out)
+
+
+# One number for all places is the same whichever wins.
+INDEX_UPDATE = DeviceKernel(_index_update, lambda shapes, given, attrs: bool(shapes[1]) and fits(
+    DTYPES[0], prod(np.broadcast_shapes(*shapes[2:])), prod(shapes[0][d] for d in attrs["dims"])))
