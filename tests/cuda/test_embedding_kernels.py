@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from meshtape.runtime import dtypes
+from meshtape.runtime.cuda.kernels import embedding
 from meshtape.runtime.cuda.kernels.scatter import FEW, PIECE
 from meshtape.runtime.op import lookup
 
@@ -65,6 +66,13 @@ def test_rows_of_every_dtype_and_width_are_copied(device: Any, dtype: str, width
     np.testing.assert_array_equal(*both(device, "take", (x.reshape(1, 7, width), indices[0]), axis=-2))
     along = np.random.default_rng(0).integers(-7, 7, (4, width))
     np.testing.assert_array_equal(*both(device, "take_along_axis", (x, along), axis=0))
+
+
+def test_indices_of_64_bits(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedding, "INTS", 0)
+    x, indices = values((4, 9, 6)), np.random.default_rng(0).integers(-9, 9, (4, 7, 6))
+    np.testing.assert_array_equal(*both(device, "take", (x, indices[0]), axis=1))
+    np.testing.assert_array_equal(*both(device, "take_along_axis", (x, indices), axis=1))
 
 
 def test_views_are_read_where_they_lie(device: Any) -> None:

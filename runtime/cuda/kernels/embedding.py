@@ -15,6 +15,8 @@ from meshtape.runtime.cuda.source import source
 from meshtape.runtime.op import DeviceKernel
 from meshtape.runtime.shards import Shape
 
+INTS = 2**31
+STEP = 2**22            # more than a grid's threads: how far a loop may count beyond its end
 UNITS = {1: "uint8", 2: "uint16", 4: "unsigned", 8: "uint64", 16: "uint4"}
 
 WRAP = r"""
@@ -69,7 +71,7 @@ TAKE = source("take", CODE, ("take_rows", "take_elements", "put_elements"),
 def _launch(dev: Any, name: str, unit: int, x: Any, indices: Any, out: Any, sizes: tuple[int, ...]) -> None:
     """One of the kernels; `sizes` are the loop's, n, m and width, in units of so many bytes."""
     size = sizes[0]
-    small = max(size, x.nbytes // unit, out.nbytes // unit) + 2**22 < 2**31     # and a step beyond the end
+    small = max(size, x.nbytes // unit, out.nbytes // unit) + STEP < INTS
     integer = np.int32 if small else np.int64
     kernel = dev.kernels(TAKE, name, U=UNITS[unit], index_t="int" if small else "int64")
     kernel((dev.kernels.blocks_for(size, 256),), (256,), (x, indices, out, *map(integer, sizes)))

@@ -310,20 +310,28 @@ def _gru(dev: Any, x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any) 
 def _gru_grad(dev: Any, g_y: Any, g_saved: Any, x: Any, h0: Any, w_ih: Any, w_hh: Any, b_ih: Any, b_hh: Any,
               y: Any, saved: Any, input_grad: bool) -> Any:
     layer = Layer(dev, x, h0)
-    cp, width = dev.cp, layer.width
+    width = layer.width
     dh, d = layer.zeros(), layer.room(layer.steps, layer.batch, 4 * width)
     y, saved = compact(dev, y), compact(dev, saved)
     by_y, by_saved = _steps(_array(dev, g_y)), _steps(_array(dev, g_saved))
     d_h, d_x = d[:, :, :3 * width], d[:, :, width:]         # m, r, z and r, z, n
-    turned = cp.concatenate([w_hh[2 * width:], w_hh[:2 * width]])
+    turned = _rolled(dev, w_hh, width)                      # n, r, z
     for t in reversed(range(layer.steps)):
         layer.launch("gru_back", dh, by_y(t), by_saved(t), saved[t], y[t], d[t], layer.size, width)
         layer.gemm(d_h[t], turned, dh, beta=1.0)
     dx = layer.of_x(d_x, w_ih, input_grad)
     by_x, by_h = layer.of_weights(d_x, d_h, y)
     bias = layer.of_bias(d)
-    by_h, b_h = (cp.concatenate([a[width:3 * width], a[:width]]) for a in (by_h, bias))
+    by_h, b_h = (_rolled(dev, a, 2 * width) for a in (by_h, bias[:3 * width]))
     return layer.narrow(dx, dh, by_x, by_h, bias[width:], b_h)
+
+
+def _rolled(dev: Any, a: Any, by: int) -> Any:
+    """A copy with the last `by` rows in front."""
+    made = dev.cp.empty(a.shape, a.dtype)
+    made[:by] = a[len(a) - by:]
+    made[by:] = a[:len(a) - by]
+    return made
 
 
 RNN, RNN_GRAD = DeviceKernel(_rnn, _takes(0)), DeviceKernel(_rnn_grad, _takes(1))
