@@ -10,6 +10,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from meshtape.runtime import moves
+from meshtape.runtime.cuda.fusion import fuse
 from meshtape.runtime.cuda.inputs import Inputs
 from meshtape.runtime.dtypes import canonical
 from meshtape.runtime.op import IO, DeviceKernel, Op, lookup
@@ -91,7 +92,7 @@ class Compiled(NamedTuple):
 
 class Site(NamedTuple):
     """Where a program runs. `start` begins a collective of the mesh axes that `overlap` beside other work;
-    `device` is the CUDA device, if it is one.
+    `device` is the CUDA device, if it is one, and `fuse` says to join its pointwise ops.
     """
 
     xp: Any
@@ -102,6 +103,7 @@ class Site(NamedTuple):
     overlap: tuple[bool, ...] = ()
     reuse: bool = True
     device: Any = None
+    fuse: bool = False
 
 
 def local_shape(t: TensorType, site: Site) -> Shape:
@@ -113,7 +115,12 @@ def compile_program(program: Program, site: Site) -> Compiled:
     if any(site.overlap):
         calls = [call._replace(beside=_overlaps(instr, site))
                  for call, instr in zip(calls, program.instrs, strict=True)]
-    placed, room = lend([Placed(calls[k], ins, outs, at) for at, (k, ins, outs) in enumerate(program.steps)])
+    placed = [Placed(calls[k], ins, outs, at) for at, (k, ins, outs) in enumerate(program.steps)]
+    types = {s: kind for k, ins, _ in program.steps
+             for s, kind in zip(ins, in_shapes(program.instrs[k], site), strict=True) if kind is not None}
+    if site.fuse:
+        placed = fuse(placed, types, frozenset(program.dead))
+    placed, room = lend(placed)
     placed, n_slots = split_collectives(placed, program.n_slots, [step.call.beside for step in placed],
                                         lambda c, what: half(c, what, site))
     dead = {*program.dead, *range(program.n_slots, n_slots)}
@@ -134,10 +141,7 @@ def compile_program(program: Program, site: Site) -> Compiled:
             release[at].append(slot)
     taken = frozenset(s for s in external if s in dead)
     kept = tuple(sorted(made - dead))
-    found, sharing = reuses([step[:3] for step in placed], last, taken, kept,
-                           {s: shape for k, ins, _ in program.steps
-                            for s, shape in zip(ins, in_shapes(program.instrs[k], site), strict=True)},
-                           frozenset(room))
+    found, sharing = reuses([step[:3] for step in placed], last, taken, kept, types, frozenset(room))
     inputs, by_value = (None, ()) if site.device is None else device_inputs(placed, site.device)
     steps = tuple(Step(call, ins, outs, tuple(release[at]), found[at] if site.reuse else (), origin,
                        tuple((k, room[s]) for k, s in enumerate(outs) if s in room),

@@ -15,7 +15,7 @@ import numpy as np
 import meshtape.runtime.ops  # noqa: F401  fills the op table
 from meshtape.runtime.codegen import Code, failed_step, generate
 from meshtape.runtime.cuda.beside import Beside
-from meshtape.runtime.cuda.graphs import GraphCounts, Replay
+from meshtape.runtime.cuda.graphs import GraphCounts, Replay, note_lent
 from meshtape.runtime.errors import CommError
 from meshtape.runtime.memory import keep_pages
 from meshtape.runtime.overlap import BESIDE, Overlap, Pending
@@ -51,14 +51,15 @@ class Worker:
 
     `device` is the CUDA device to work on, a runtime.cuda.device.Device, or "cpu" for NumPy.
 
-    `generate=False` interprets every batch, `reuse=False` gives every result memory of its own, and
-    `graphs=False` replays nothing as a CUDA graph, for comparison. `overlap` names the kinds of communicators
+    `generate=False` interprets every batch, `reuse=False` gives every result memory of its own, `fuse=False`
+    runs pointwise ops one by one on a device, and `graphs=False` replays nothing as a CUDA graph, for
+    comparison. `overlap` names the kinds of communicators
     whose collectives run beside kernels.
     """
 
     def __init__(self, rank: int, mesh_shape: Sequence[int], communicators: Sequence[Any],
-                 device: Any = "cpu", *, generate: bool = True, reuse: bool = True, graphs: bool = True,
-                 overlap: Collection[str] = BESIDE) -> None:
+                 device: Any = "cpu", *, generate: bool = True, reuse: bool = True, fuse: bool = True,
+                 graphs: bool = True, overlap: Collection[str] = BESIDE) -> None:
         keep_pages()
         self.rank = rank
         self.device: Any = None if device == "cpu" else device
@@ -67,7 +68,8 @@ class Worker:
         self.array = np.ndarray if device is None else device.cp.ndarray
         self.site = Site(np if device is None else device.xp, tuple(mesh_shape), coordinate(rank, mesh_shape),
                          tuple(communicators), self.overlap.start,
-                         tuple(c.kind in overlap for c in communicators), reuse, device)
+                         tuple(c.kind in overlap for c in communicators), reuse, device,
+                         fuse and device is not None)
         self.graphs = GraphCounts() if graphs and device is not None else None
         self.blocks: dict[int, Any] = {}
         self.programs: dict[bytes, Body] = {}
@@ -216,6 +218,8 @@ class Worker:
             elif slot in program.sharing.feeds or (slot in program.sharing.views and value.base is not None):
                 value = self.site.xp.array(value)
             self.blocks[run.ids[slot]] = value
+        if self.graphs is not None:
+            note_lent(self.graphs.owners, self.blocks, [run.ids[slot] for slot in program.kept])
 
     def _call(self, body: Body, step: Step, at: int, args: list[Any], slots: list[Any], batch: int,
               failures: list[Failure]) -> None:
@@ -230,8 +234,10 @@ class Worker:
         call = step.call
         for i, array in step.given:
             args[i] = array
-        if call.op is not None:
-            args = [self.device if call.on_device else self.site.xp, *args]
+        if call.on_device:
+            args = [self.device, *args]
+        elif call.op is not None:
+            args = [self.site.xp, *args]
         try:
             return call.function(*args, **call.attrs)
         except Exception as error:

@@ -185,3 +185,41 @@ def test_digits_are_learned_as_on_a_cpu(use: Any) -> None:
     np.testing.assert_allclose(found[0], losses, rtol=1e-4)
     np.testing.assert_allclose(found[1], scores, rtol=1e-3, atol=1e-4)
     assert losses[-1] < losses[0]
+
+
+def test_gradients_that_are_held_are_moved_out_of_the_graphs_way(use: Any) -> None:
+    """Whoever keeps a step's gradients finds them unchanged, also where other programs wrote over them."""
+    def run() -> list[np.ndarray]:
+        mt.manual_seed(1)
+        layer = nn.Linear(6, 4)
+        opt = optim.SGD(layer.parameters(), lr=0.1)
+        rng = np.random.default_rng(0)
+        held, doubled = [], []
+        for _ in range(7):
+            loss = (layer(mt.tensor(rng.standard_normal((3, 6), dtype=np.float32))) ** 2).sum()
+            opt.zero_grad()
+            loss.backward()
+            opt.step()
+            held.append(layer.weight.grad)
+            grad = layer.bias.grad
+            layer.bias.grad = None
+            doubled.append(mt.exp(grad))    # written over the gradient, which nobody else reads
+            del grad
+            mt.flush()
+        return [t.numpy() for t in (*held, *doubled)]
+
+    use(graphs=False)
+    wanted = run()
+    use()
+    for got, want in zip(run(), wanted, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert mt.stats()["graphs"][0]["replays"] >= 3
+
+
+@pytest.mark.parametrize("options", [{"fuse": False}, {"reuse": False}, {"generate": False}])
+def test_ways_to_run_a_program_agree(use: Any, options: dict[str, bool]) -> None:
+    use(**options)
+    wanted = train()
+    use()
+    for got, want in zip(train(), wanted, strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
