@@ -17,7 +17,7 @@ export OPENBLAS_NUM_THREADS ?= 1
 train: setup
 	$(BIN)/python examples/train_digits.py --workers 2
 
-test: setup
+test: .venv/emulation
 	$(BIN)/python -m pytest tests
 
 # mypy does not see through an editable install, so it gets the packages as a tree of links.
@@ -50,6 +50,11 @@ $(BIN)/python:
 
 .venv/installed: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e ".[examples,test]"
+	touch $@
+
+.venv/emulation: .venv/installed
+	$(BIN)/python -m pip install --quiet -e ".[emulation]" \
+	  || echo "No CuPy or NVRTC for this machine: tests of device code on the emulated GPU are left out."
 	touch $@
 
 .venv/lint: .venv/installed
