@@ -5,9 +5,8 @@ what NumPy computes, operation by operation: no contraction into fused multiply-
 square roots, integers that wrap, division of integers by zero that gives 0, NaN that wins in max and min.
 Elementary functions are CUDA's, with their errors of an ulp or two.
 
-16-bit floats are computed in float32 and rounded where they are stored. Numbers that float16 meets (Python
-scalars, attributes) are rounded to it first, as in NumPy; those that bfloat16 meets are float32, as with
-ml_dtypes.
+16-bit floats are computed in float32 and rounded where they are stored. Python scalars that float16 meets are
+rounded to it first, as in NumPy; those that bfloat16 meets are float32, as with ml_dtypes.
 """
 
 from __future__ import annotations
@@ -180,17 +179,17 @@ def rounded(text: str, dtype: Any) -> str:
 
 
 def number_dtype(dtype: Any) -> Any:
-    """What numbers become that meet operands of a dtype."""
+    """What Python scalars become that meet arrays of a dtype."""
     return dtypes.float32 if dtype.name == "bfloat16" else dtype
 
 
 def number_text(value: bool | int | float, dtype: Any) -> str:
     """A constant of an expression in `dtype`'s register type."""
-    dtype, kind = number_dtype(dtype), register_type(dtype)
+    kind = register_type(dtype)
     if not dtypes.is_floating(dtype):
         return f"{kind}({value!r})".replace("True", "true").replace("False", "false")
     with np.errstate(over="ignore"):
-        exact = float(np.asarray(value).astype(dtype))
+        exact = float(np.float32(value) if kind == "float" else value)
     if math.isfinite(exact):
         return f"{exact!r}{'f' if kind == 'float' else ''}"
     endless = f"infinity<{kind}>()"

@@ -85,6 +85,11 @@ softplus = unary(
 # "tanh": x (1 + tanh(u)) / 2 with u = k (x + c x^3). Hendrycks and Gimpel, arXiv:1606.08415.
 
 _K, _C = math.sqrt(2 / math.pi), 0.044715
+_ERF, _TANH = f"erf(x * {math.sqrt(0.5)!r})", f"tanh(x * (x * x * {_K * _C!r} + {_K!r}))"
+_GELU = f'(({_TANH} if approximate == "tanh" else {_ERF}) + 1) * x * 0.5'
+_GELU_GRAD = (
+    f'g * 0.5 * (({_TANH} + 1 + x * (1 - {_TANH} * {_TANH}) * (x * x * {3 * _K * _C!r} + {_K!r}))'
+    f' if approximate == "tanh" else ({_ERF} + 1 + x * exp(x * x * -0.5) * {_K!r}))')
 
 
 def _gelu_rule(name: str) -> Callable[..., Any]:
@@ -171,12 +176,12 @@ def _gelu_grad_rule(name: str) -> Callable[..., Any]:
 
 
 gelu = unary("gelu", _gelu, _gelu_rule, attrs={"approximate": "none"}, keeps="x", samples=_gelu_samples,
-             over=lambda inputs, attrs: [(0, 0)],
+             elementwise=_GELU, over=lambda inputs, attrs: [(0, 0)],
              vjp=(lambda g, out, x, approximate: gelu_grad(g, x, approximate=approximate),))
 # One row, so that the backward of GELU is one pass. Its inputs have one shape.
 gelu_grad: Op = binary(
     "gelu_grad", _gelu_grad, _gelu_grad_rule, attrs={"approximate": "none"}, keeps="g x", linear=((0,),),
-    over=lambda inputs, attrs: [(0, 0)],
+    elementwise=_GELU_GRAD, over=lambda inputs, attrs: [(0, 0)],
     vjp=(lambda u, out, g, x, approximate: gelu_grad(u, x, approximate=approximate), _gelu_grad_by_x),
     samples=lambda: [Sample((shape, shape), {"approximate": approximate}) for approximate in ("none", "tanh")
                      for shape in ((5, 3), (), (2, 1, 4), (0, 3))])

@@ -53,9 +53,10 @@ divide = binary(
 # The derivative of floor_divide is zero almost everywhere; that of remainder follows from
 # remainder(x, y) = x - y * floor_divide(x, y).
 floor_divide = binary("floor_divide", "floor_divide", promoted(BOOL, COMPLEX), vjp=(no_slope, no_slope),
-                      samples=binary_samples(0.5, 3.0))
+                      elementwise="floor_divide(x, y)", samples=binary_samples(0.5, 3.0))
 remainder = binary(
-    "remainder", "remainder", promoted(BOOL, COMPLEX), keeps="x y", samples=binary_samples(0.5, 3.0),
+    "remainder", "remainder", promoted(BOOL, COMPLEX), elementwise="remainder(x, y)", keeps="x y",
+    samples=binary_samples(0.5, 3.0),
     vjp=(lambda g, out, x, y: unbroadcast(g, x),
          lambda g, out, x, y: unbroadcast(-g * floor_divide(x, y), y)))
 
@@ -213,12 +214,13 @@ _bits = promoted(FLOATING, COMPLEX)
 bitwise_and = binary("bitwise_and", "bitwise_and", _bits, elementwise="x & y", samples=_BITS)
 bitwise_or = binary("bitwise_or", "bitwise_or", _bits, elementwise="x | y", samples=_BITS)
 bitwise_xor = binary("bitwise_xor", "bitwise_xor", _bits, elementwise="x ^ y", samples=_BITS)
-# No expression: C's ~ of a bool is not its negation.
-bitwise_invert = unary("bitwise_invert", "invert", _bits,
+bitwise_invert = unary("bitwise_invert", "invert", _bits, elementwise="invert(x)",
                        samples=unary_samples(kinds="ib", diff=False))
 bitwise_left_shift = binary("bitwise_left_shift", "left_shift", promoted(BOOL, FLOATING, COMPLEX),
+                            elementwise="left_shift(x, y)",
                             samples=binary_samples(0, 5, kinds="i", diff=False))
 bitwise_right_shift = binary("bitwise_right_shift", "right_shift", promoted(BOOL, FLOATING, COMPLEX),
+                             elementwise="right_shift(x, y)",
                              samples=binary_samples(0, 5, kinds="i", diff=False))
 
 

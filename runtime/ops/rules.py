@@ -2,7 +2,8 @@
 
 An `elementwise` expression uses operators that C and Python share (+ - * / < <= > >= == != & | ^), numbers,
 the kernel's parameter names, and the functions of `EXPRESSION_FUNCTIONS`. `max` and `min` propagate NaN,
-`where(c, a, b)` is C's `c ? a : b`. Operands have the dtypes that the row's dtype rule gives them.
+`where(c, a, b)` is C's `c ? a : b`; `a if attribute == "value" else b` chooses when the row is translated.
+Operands have the dtypes that the row's dtype rule gives them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from meshtape.runtime.op import Op, Sample, broadcast_shapes, lookup, pointwise_
 EXPRESSION_FUNCTIONS = (
     "max", "min", "abs", "sign", "where", "pow", "sqrt", "rsqrt", "exp", "expm1", "log", "log1p", "log2",
     "log10", "sin", "cos", "tan", "asin", "acos", "atan", "atan2", "sinh", "cosh", "tanh", "asinh", "acosh",
-    "atanh", "erf", "floor", "ceil", "trunc", "isfinite", "isinf", "isnan",
+    "atanh", "erf", "floor", "ceil", "trunc", "isfinite", "isinf", "isnan", "floor_divide", "remainder",
+    "invert", "left_shift", "right_shift",
 )
 
 BOOL, INTEGER, FLOATING, COMPLEX = 0, 1, 2, 3
