@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from math import prod
 from typing import Any
 
@@ -53,8 +52,10 @@ class Blas:
                 self.lt = None if lt is None else Lt(lt, self._workspace, self._scalar)
 
     def close(self) -> None:
-        """Give the handle and the workspaces back."""
+        """Give handles and workspaces back; not inside a capture."""
         self._binding.destroy(self._handle)
+        if self.lt is not None:
+            self.lt.close()
         self._workspaces.clear()
 
     # --- products ---------------------------------------------------------------------------------------
@@ -157,12 +158,13 @@ class Blas:
         return cublas.COMPUTE_32F_FAST_TF32 if tf32 else cublas.COMPUTE_32F
 
     def _scalar(self, dtype: Any, value: float) -> int:
-        """The address of a number on the host, which stays there."""
+        """The address of a number on the host, a multiple of 16, which stays there."""
         found = self._scalars.get((dtype, value))
         if found is None:
-            raw = np.array(value, dtype).tobytes()
-            buffer = ctypes.create_string_buffer(raw, 16)
-            found = self._scalars[dtype, value] = (ctypes.addressof(buffer), buffer)
+            room = np.zeros(32, np.uint8)
+            start = -int(room.ctypes.data) % 16
+            room[start:start + np.dtype(dtype).itemsize].view(dtype)[:] = value
+            found = self._scalars[dtype, value] = (int(room.ctypes.data) + start, room)
         return int(found[0])
 
     def _go_to(self, stream: int) -> None:

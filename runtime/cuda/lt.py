@@ -77,6 +77,10 @@ class Lt:
         self._handle = lt.create()
         self._found: dict[Problem, Algorithm | None] = {}
 
+    def close(self) -> None:
+        """Give the handle back."""
+        self._lt.destroy(self._handle)
+
     def find(self, a: Any, b: Any, out: Any, epilogue: int, *, bias: Any = None, aux: Any = None,
              aux_ld: int = 0, tf32: bool = False) -> Call | None:
         """How to compute out (m, n) = a (m, k) @ b (k, n) with an epilogue; None if cublasLt cannot.

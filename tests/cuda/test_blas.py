@@ -200,6 +200,16 @@ def test_work_follows_the_current_stream(device):
     np.testing.assert_array_equal(out.get(), first)
 
 
+def test_what_was_taken_is_given_back():
+    import emulator
+    binding = emulator.libraries().cublas
+    before = len(binding.handles)
+    device = emulator.device()
+    assert len(binding.handles) == before + 1 and device.pool.used_bytes()
+    device.blas.close()
+    assert len(binding.handles) == before and not device.pool.used_bytes()
+
+
 def test_tf32_is_used_where_it_was_asked_for_only():
     import emulator
     device = emulator.device()
