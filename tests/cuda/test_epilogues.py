@@ -111,6 +111,16 @@ def test_results_are_written_where_they_are_asked_for(way):
     assert by_weight is room and by_bias.shape == (16,)
 
 
+def test_relu_passes_nan_on(way):
+    """As the row does; a maximum that prefers numbers would hide a diverged run."""
+    cp = way.cp
+    x, w, b = (draw(s, "float32", 0) for s in ((4, 8), (16, 8), (16,)))
+    x[1] = np.nan
+    given = [cp.asarray(v) for v in (x, w, b)]
+    for y in (epilogues.linear_relu(way, *given), epilogues.linear_relu_mask(way, *given)[0]):
+        assert (np.isnan(y.get()).any(1) == [False, True, False, False]).all()
+
+
 def test_every_epilogue_is_used(device):
     """In the emulation: no call above went step by step."""
     calls = getattr(device.libraries.cublaslt, "CALLS", None)
