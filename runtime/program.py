@@ -10,6 +10,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from meshtape.runtime import moves
+from meshtape.runtime.cuda.epilogues import epilogue_pattern
 from meshtape.runtime.cuda.fusion import fuse
 from meshtape.runtime.cuda.inputs import Inputs
 from meshtape.runtime.dtypes import canonical
@@ -118,10 +119,13 @@ def compile_program(program: Program, site: Site) -> Compiled:
     placed = [Placed(calls[k], ins, outs, at) for at, (k, ins, outs) in enumerate(program.steps)]
     types = {s: kind for k, ins, _ in program.steps
              for s, kind in zip(ins, in_shapes(program.instrs[k], site), strict=True) if kind is not None}
+    n_slots = program.n_slots
     if site.fuse:
-        placed = fuse(placed, types, frozenset(program.dead))
+        if site.device.libraries.cublaslt is not None:
+            placed, n_slots = epilogue_pattern(placed, types, frozenset(program.dead), n_slots)
+        placed = fuse(placed, types, frozenset((*program.dead, *range(program.n_slots, n_slots))))
     placed, room = lend(placed)
-    placed, n_slots = split_collectives(placed, program.n_slots, [step.call.beside for step in placed],
+    placed, n_slots = split_collectives(placed, n_slots, [step.call.beside for step in placed],
                                         lambda c, what: half(c, what, site))
     dead = {*program.dead, *range(program.n_slots, n_slots)}
     made: set[int] = set()
