@@ -87,12 +87,17 @@ class resumed:
         enter(self._session, self._before)
 
 
+def inside() -> bool:
+    """Whether ops are recorded in a region."""
+    session = current.active
+    return session is not None and session.autocast is not None
+
+
 def wide(x: Tensor) -> Tensor:
     """`x`; in float32 if it is of 16 bits and ops are recorded in a region. For what several rows compute."""
-    session = current.active
-    if session is None or session.autocast is None or not (is_floating(x.dtype) and x.dtype.itemsize == 2):
-        return x
-    return Tensor._apply(ASTYPE, (x,), ("float32",))  # type: ignore[no-any-return]
+    if inside() and is_floating(x.dtype) and x.dtype.itemsize == 2:
+        return Tensor._apply(ASTYPE, (x,), ("float32",))  # type: ignore[no-any-return]
+    return x
 
 
 class autocast(ContextDecorator):

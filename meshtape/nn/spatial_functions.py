@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from meshtape.autograd import Tensor, apply, as_tensor
+from meshtape.autograd.autocast import inside
 from meshtape.creation import asarray
 from meshtape.manipulation import take, take_along_axis
 from meshtape.reductions import argmax
@@ -146,7 +147,9 @@ def _conv_transpose(name: str, dims: int, input: Any, weight: Tensor, bias: Tens
     size = transposed_size(x.shape[2:], weight.shape[2:], step, widths, apart, extra)
     y = _call("conv_input_grad", x, weight, size=size, stride=step, padding=widths, dilation=apart,
               groups=int(groups))
-    return _unbatched(y if bias is None else y + bias.reshape(-1, *(1,) * dims), single)
+    if bias is not None:
+        y = y + (bias.astype(y.dtype) if inside() else bias).reshape(-1, *(1,) * dims)
+    return _unbatched(y, single)
 
 
 # --- pooling ----------------------------------------------------------------------------------------------

@@ -323,7 +323,7 @@ conv_bias: Op = register(Op(
 conv_input_grad: Op = register(Op(
     "conv_input_grad", kernel=_conv_input_grad, attrs={"size": REQUIRED, **GEOMETRY}, shape=_input_grad_shape,
     dtype=floated(COMPLEX)("conv_input_grad"), axes=_input_grad_axes, linear=((0,), (1,)),
-    local=_own_groups(lambda io: io.ins[1]), keeps="g w",
+    local=_own_groups(lambda io: io.ins[1]), keeps="g w", autocast="low",
     vjp=(lambda u, out, g, w, size, **attrs: conv(u, w, **attrs),
          lambda u, out, g, w, size, **attrs: conv_weight_grad(g, u, kernel=tuple(w.shape[2:]), **attrs)),
     samples=lambda: [Sample((y, w), {"size": x[2:], **attrs}) for x, w, y, attrs in _cases()],
