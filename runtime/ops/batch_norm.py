@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from meshtape.runtime.cuda.dnn import batch_norm as device_kernels
 from meshtape.runtime.dtypes import is_floating
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import ALPHABET, IO, Axes, Op, Sample, register
@@ -304,20 +305,24 @@ def _norm_samples() -> list[Sample]:
 batch_mean: Op = register(Op(
     "batch_mean", kernel=_batch_mean, attrs={"count": None}, shape=_statistic_shape("batch_mean"),
     dtype=_wide("batch_mean"), axes=_statistic_axes, linear=((0,),), local=_count,
-    samples=lambda: [Sample((s,), diff=False) for s in _SHAPES]))
+    samples=lambda: [Sample((s,), diff=False) for s in _SHAPES], device=device_kernels.BATCH_MEAN))
 batch_variance: Op = register(Op(
     "batch_variance", kernel=_batch_variance, attrs={"count": None}, shape=_statistic_shape("batch_variance"),
     dtype=_wide("batch_variance"), axes=_statistic_axes, local=_count,
-    samples=lambda: [Sample((s, s[1:2]), diff=False) for s in _SHAPES]))
+    samples=lambda: [Sample((s, s[1:2]), diff=False) for s in _SHAPES],
+    device=device_kernels.BATCH_VARIANCE))
 batch_norm: Op = register(Op(
     "batch_norm", kernel=_batch_norm, attrs={"training": True}, shape=_norm_shape, dtype=_norm_dtype,
-    axes=_norm_axes, keeps="x mean rstd weight", vjp=_batch_norm_vjp, samples=_norm_samples))
+    axes=_norm_axes, keeps="x mean rstd weight", vjp=_batch_norm_vjp, samples=_norm_samples,
+    device=device_kernels.BATCH_NORM))
 batch_norm_sums: Op = register(Op(
     "batch_norm_sums", kernel=_batch_norm_sums, attrs={"training": True}, shape=_sums_shape,
     dtype=_sums_dtype, axes=_sums_axes, linear=((0,),), keeps="g x mean rstd", vjp=_sums_vjp,
-    samples=lambda: [Sample((s, *_given(s)), diff=False) for s in _SHAPES]))
+    samples=lambda: [Sample((s, *_given(s)), diff=False) for s in _SHAPES],
+    device=device_kernels.BATCH_NORM_SUMS))
 batch_norm_grad: Op = register(Op(
     "batch_norm_grad", kernel=_batch_norm_grad, attrs={"count": None}, shape=_grad_shape, dtype=_grad_dtype,
     axes=_grad_axes, local=_count, keeps="g x mean rstd weight sums",
     vjp=_grad_vjp,
-    samples=lambda: [Sample((s, *_given(s), s[1:2], (2, s[1])), diff=False) for s in _SHAPES]))
+    samples=lambda: [Sample((s, *_given(s), s[1:2], (2, s[1])), diff=False) for s in _SHAPES],
+    device=device_kernels.BATCH_NORM_GRAD))

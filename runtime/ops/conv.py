@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from meshtape.runtime.cuda.dnn import convolution
+from meshtape.runtime.cuda.dnn.batch_norm import CONV_BIAS_GRAD
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import IO, REQUIRED, Axes, Op, Sample, register
 from meshtape.runtime.ops import conv_rows, winograd
@@ -343,7 +344,7 @@ conv_bias_grad: Op = register(Op(
     dtype=floated(COMPLEX)("conv_bias_grad"),
     axes=lambda g: Axes(("no" + "." * (len(g) - 2),), ("o",)), linear=((0,),),
     vjp=(lambda u, out, g: broadcast_reduced(u, shape=tuple(g.shape), axis=(0, *range(2, g.ndim))),),
-    samples=lambda: [Sample((y,)) for _, _, y, _ in _cases()]))
+    samples=lambda: [Sample((y,)) for _, _, y, _ in _cases()], device=CONV_BIAS_GRAD))
 
 
 def transposed_size(size: Shape, kernel: Shape, stride: Shape, padding: Pairs, dilation: Shape,
