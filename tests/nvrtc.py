@@ -25,13 +25,24 @@ def nvrtc() -> Any:
 
 def compiled(code: str, *options: str) -> str:
     """The compiler's log. Raises AssertionError with it if the text does not compile."""
+    return _run(code, "Log", *options)
+
+
+def ptx(code: str, *options: str) -> str:
+    """What the text becomes, for a virtual architecture. Raises AssertionError if it does not compile."""
+    return _run(code, "PTX", *options)
+
+
+def _run(code: str, wanted: str, *options: str) -> str:
     lib, program, size = nvrtc(), ctypes.c_void_p(), ctypes.c_size_t()
     assert lib.nvrtcCreateProgram(ctypes.byref(program), code.encode(), b"kernel.cu", 0, None, None) == 0
     given = [option.encode() for option in (*OPTIONS, *options)]
     status = lib.nvrtcCompileProgram(program, len(given), (ctypes.c_char_p * len(given))(*given))
-    lib.nvrtcGetProgramLogSize(program, ctypes.byref(size))
-    log = ctypes.create_string_buffer(size.value)
-    lib.nvrtcGetProgramLog(program, log)
+    found = {}
+    for name, what in (("Log", "ProgramLog"), ("PTX", "PTX")):
+        getattr(lib, f"nvrtcGet{what}Size")(program, ctypes.byref(size))
+        found[name] = ctypes.create_string_buffer(size.value)
+        getattr(lib, f"nvrtcGet{what}")(program, found[name])
     lib.nvrtcDestroyProgram(ctypes.byref(program))
-    assert status == 0, log.value.decode()
-    return log.value.decode()
+    assert status == 0, found["Log"].value.decode()
+    return found[wanted].value.decode()

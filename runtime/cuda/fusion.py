@@ -44,7 +44,7 @@ def fuse(steps: Sequence[Placed], types: Types, dead: Container[int]) -> list[Pl
 
 
 class Fused:
-    """A chain as a kernel, compiled for layouts of its inputs when they are first seen."""
+    """A chain as a kernel of one device, compiled for layouts of its inputs when they are first seen."""
 
     def __init__(self, chain: Chain) -> None:
         self.chain = chain
@@ -80,6 +80,7 @@ class Launch(NamedTuple):
     packed      positions of arrays that are read 16 bytes at a time
     bounds      of every array, the bytes before and behind its first element that belong to it
     partials    of every reduction in parts, how many there are, and their dtype
+    functions   compiled, for arrays that are not aligned and for those that are
     """
 
     source: Any
@@ -93,6 +94,7 @@ class Launch(NamedTuple):
     partials: tuple[tuple[int, Any], ...] = ()
     finish_grid: tuple[int, ...] = ()
     finish_numbers: tuple[Any, ...] = ()
+    functions: tuple[list[Any], list[Any]] = ([], [])
 
     def clashes(self, out: Any, arrays: Sequence[Any]) -> bool:
         """Whether writing to `out` could change what has still to be read: it shares memory with an array,
@@ -112,14 +114,15 @@ class Launch(NamedTuple):
         results, totals = made[:self.results], made[self.results:]
         for array in results:
             bits |= array.data.ptr
-        fast = int(bits % 16 == 0)
-        function = device.kernels(self.source, "fused", **self.macros, FAST=fast)
+        functions = self.functions[bits % 16 == 0]
+        if not functions:
+            macros = {**self.macros, "FAST": int(bits % 16 == 0)}
+            functions += [device.kernels(self.source, name, **macros) for name in self.source.functions]
         parts = [device.cp.empty(count, dtype) for count, dtype in self.partials]
-        function(self.grid, (THREADS,), (*args, *results, *(parts or totals), *self.numbers))
+        functions[0](self.grid, (THREADS,), (*args, *results, *(parts or totals), *self.numbers))
         if parts:
-            finish = device.kernels(self.source, "finish", **self.macros, FAST=fast)
             pairs = [array for pair in zip(parts, totals, strict=True) for array in pair]
-            finish(self.finish_grid, (THREADS,), (*pairs, *self.finish_numbers))
+            functions[1](self.finish_grid, (THREADS,), (*pairs, *self.finish_numbers))
 
 
 # --- layouts ----------------------------------------------------------------------------------------
@@ -212,7 +215,7 @@ def prepared(chain: Chain, strides: Sequence[Sequence[int]], device: Any) -> Lau
     return Launch(
         source_of(chain, form), macros, grid, tuple(numbers), packed, bounds, form.words, len(chain.results),
         tuple(partials) if form.split else (), finish.grid,
-        (*(index(c) for c in finish.counts), *divisors(chain)))
+        (*(index(c) for c in finish.counts), *divisors(chain)), ([], []))
 
 
 def geometry(chain: Chain) -> tuple[str, int, int, int]:

@@ -59,6 +59,14 @@ class Chain(NamedTuple):
         first = len(self.arrays) + len(self.numbers)
         return self.arrays[value][1] if value < len(self.arrays) else self.links[value - first].dtype
 
+    def needs(self) -> list[frozenset[int]]:
+        """For every output, results before ends, the arrays that it is computed from."""
+        found = [frozenset((k,)) for k in range(len(self.arrays))]
+        found += [frozenset()] * len(self.numbers)
+        for link in self.links:
+            found.append(frozenset().union(*(found[k] for k in link.operands)))
+        return [found[k] for k in (*self.results, *(end.operand for end in self.ends))]
+
 
 # --- what a step is ---------------------------------------------------------------------------------
 

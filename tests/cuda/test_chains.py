@@ -58,6 +58,18 @@ def test_a_diamond_is_one_chain_with_two_results() -> None:
     assert step.call.over == ((0, 0), (1, 0))
 
 
+def test_a_chain_tells_which_results_need_which_arrays() -> None:
+    p = Steps()
+    x, y = p.input(BIG), p.input(BIG)
+    first = p.op("mul", x, Number(2.0))
+    second = p.op("add", first, y)
+    outs = first, second, p.op("sum", y, axis=0)
+    step, = grouped(p, *outs)
+    wanted = {first: {x}, second: {x, y}, outs[2]: {y}}
+    for slot, needs in zip(step.outs, chain(step).needs(), strict=True):
+        assert {step.ins[k] for k in needs} == wanted[slot]
+
+
 def test_scalars_come_behind_the_arrays_with_their_letters() -> None:
     p = Steps()
     x, n = p.input(BIG), p.input(BIG, "int64")

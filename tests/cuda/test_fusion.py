@@ -10,7 +10,7 @@ import pytest
 from fused_programs import Number, Steps, run_fused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from nvrtc import compiled
+from nvrtc import compiled, ptx
 
 from meshtape.runtime.cuda import fusion
 from meshtape.runtime.cuda.fusion import fuse
@@ -381,6 +381,20 @@ def test_generated_sources_compile_without_spills(name: str, program: Steps, out
         assert len(re.findall(r"Compiling entry function", log)) == len(launch.source.functions)
         assert set(re.findall(r"(\d+) bytes spill", log)) == {"0"}, log
         assert set(re.findall(r"(\d+) bytes stack frame", log)) == {"0"}, log
+
+
+def test_products_are_not_contracted_and_division_and_roots_are_exact() -> None:
+    import emulator
+    p = Steps()
+    x, y = p.input((4096,)), p.input((4096,))
+    out = p.op("rsqrt", p.op("divide", p.op("add", p.op("mul", x, y), x), y))
+    step, = fuse(p.steps, p.types, p.dead(out))
+    launch = fusion.prepared(step.call.function.chain, ((4,), (4,)), emulator.device())
+    made = ptx(text(launch.source, {**launch.macros, "FAST": 1}), "--gpu-architecture=compute_90")
+    assert "fma" not in made and "approx" not in made
+    found = set(re.findall(r"\w+\.(?:rn\.)?f32", made))
+    assert {"mul.rn.f32", "add.f32", "div.rn.f32", "sqrt.rn.f32"} <= found
+    assert "ld.global.v4" in made and "st.global.v4" in made
 
 
 def contiguous(shape: tuple[int, ...], itemsize: int) -> tuple[int, ...]:
