@@ -12,7 +12,7 @@ from contextlib import ContextDecorator
 from typing import Any, NamedTuple
 
 from meshtape.autograd.tensor import Tensor
-from meshtape.runtime.dtypes import AnyDType, canonical, float32, float64, is_floating
+from meshtape.runtime.dtypes import AnyDType, canonical, float32, is_floating
 from meshtape.runtime.errors import DTypeError
 from meshtape.runtime.op import Op, lookup
 from meshtape.scheduler import current
@@ -46,13 +46,13 @@ class Region:
         return self._changes[key]
 
     def _new(self, op: Op, attrs: tuple[Any, ...], specs: Sequence[Spec]) -> Change | None:
-        given = [None if s.weak or not is_floating(s.dtype) else s.dtype for s in specs]
+        given = ["" if s.weak or not is_floating(s.dtype) else s.dtype.name for s in specs]
         same: tuple[Any, ...] = (None,) * len(specs)
         wanted = same
-        if op.autocast == "low" and float64 not in given:
-            wanted = tuple(None if d in (None, self.low) else self.low for d in given)
+        if op.autocast == "low" and "float64" not in given:
+            wanted = tuple(None if name in ("", self.low.name) else self.low for name in given)
         elif op.autocast == "float32":
-            wanted = tuple(float32 if d is not None and d.itemsize == 2 else None for d in given)
+            wanted = tuple(float32 if name in ("float16", "bfloat16") else None for name in given)
         if wanted == same:
             return None
         if op.autocast == "float32" and "dtype" in op.attrs:    # can widen sums without a copy of the input
