@@ -7,22 +7,13 @@ import os
 import platform
 import time
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
 
 import numpy as np
 
+from meshtape.cluster.doctor_gpu import judge
+from meshtape.cluster.findings import Finding
+from meshtape.runtime.cuda.survey import survey
 from meshtape.runtime.errors import MeshtapeError
-from meshtape.runtime.gpu import gpu_here
-
-Verdict = Literal["ok", "note", "wrong"]
-
-
-class Finding(NamedTuple):
-    """One line of the report; `fix` says what to do, if anything."""
-
-    verdict: Verdict
-    text: str
-    fix: str = ""
 
 
 def examine(workers: int = 0) -> Iterator[Finding]:
@@ -31,7 +22,7 @@ def examine(workers: int = 0) -> Iterator[Finding]:
     yield numpy()
     yield cores()
     yield ray_version()
-    yield gpu()
+    yield from judge(survey())
     yield bfloat16()
     if workers:
         yield mesh(workers)
@@ -69,16 +60,6 @@ def ray_version() -> Finding:
     if tuple(int(part) for part in version.split(".")[:2]) < (2, 50):
         return Finding("wrong", f"Ray {version}", 'pip install "ray>=2.50,<3"')
     return Finding("ok", f"Ray {version}")
-
-
-def gpu() -> Finding:
-    name, reason = gpu_here()
-    if name:
-        return Finding("ok", f"GPU {name}")
-    if os.path.exists("/dev/nvidiactl"):
-        return Finding("wrong", f"there is an NVIDIA driver, but {reason}",
-                       'pip install "meshtape[cuda13]" (or cuda12), matching what nvidia-smi shows')
-    return Finding("note", "no GPU; workers compute with NumPy on CPU cores")
 
 
 def bfloat16() -> Finding:

@@ -49,7 +49,16 @@ from meshtape.runtime.errors import (
     WorkerLost,
 )
 from meshtape.scheduler.layout import Layout, Partial, Replicate, Shard
-from meshtape.session import current_mesh, flush, init, manual_seed, shutdown, synchronize
+from meshtape.session import (
+    current_mesh,
+    device_count,
+    doctor,
+    flush,
+    init,
+    manual_seed,
+    shutdown,
+    synchronize,
+)
 
 _methods.install()
 

@@ -22,8 +22,8 @@ def explain(*, show: bool = True) -> str:
     """The batch that was sent last (what is pending is sent first), one line for every step that workers run.
 
     Columns: op; shapes, dtypes and layouts of operands and results; what moved over the mesh and how many
-    bytes each worker sends for it (by the cost model); the line of the program that called it. With workers on
-    GPUs, a line for each mesh axis says by what its collectives travel, and why. Prints the table unless
+    bytes each worker sends for it (by the cost model); the line of the program that called it. With workers
+    on GPUs, a line for each mesh axis says by what its collectives travel, and why. Prints the table unless
     show=False; returns it.
     """
     session = current.session()

@@ -60,15 +60,17 @@ class MeshHandle:
 
 
 def init(workers: int | None = None, *, backend: str | None = None, mesh: Mapping[str, int] | None = None,
-         address: str | None = None, devices: str | None = None, threads_per_worker: int | None = None,
+         address: str | None = None, devices: str | None = None, gpus_per_worker: float = 1.0,
+         memory_fraction: float | None = None, threads_per_worker: int | None = None,
          heartbeat_timeout: float = 4.0, channel: str = "socket", timeout: float = 300.0) -> MeshHandle:
     """Start the workers that hold this program's tensors, and make them the current mesh.
 
     init() or no call at all: one worker inside this process. init(workers=N): N Ray actors, on a Ray started
     here unless `address` names a cluster ("auto", "host:port"). init(workers=N, backend="local"): N threads.
-    `mesh` names the axes, e.g. {"data": 4, "model": 2}; default {"data": N}. The other options are those of
-    meshtape.cluster.launch.make_mesh. Raises MeshError: too few slots, no cluster at the address, or already
-    initialised; then everything is as it was.
+    `mesh` names the axes, e.g. {"data": 4, "model": 2}; default {"data": N}. devices="gpu": workers compute
+    on GPUs, one each; Ray actors do so by themselves where there are enough. The other options are those of
+    meshtape.cluster.launch.make_mesh. Raises MeshError: too few slots, no cluster at the address, no GPU, or
+    already initialised; then everything is as it was.
     """
     from meshtape.cluster.launch import make_mesh
     old = current.active
@@ -86,6 +88,8 @@ def init(workers: int | None = None, *, backend: str | None = None, mesh: Mappin
         mesh=None if mesh is None else dict(mesh),
         address=address,
         devices=devices,
+        gpus_per_worker=gpus_per_worker,
+        memory_fraction=memory_fraction,
         threads_per_worker=threads_per_worker,
         heartbeat_timeout=heartbeat_timeout,
         channel=channel,
@@ -120,6 +124,23 @@ def flush() -> None:
 def synchronize() -> None:
     """Wait until the workers have done everything; raises what went wrong there."""
     current.session().wait()
+
+
+def device_count() -> int:
+    """How many GPUs this process can use; 0 without CuPy or without a driver. Takes none of them."""
+    from meshtape.runtime.gpu import device_count as count
+    return count()
+
+
+def doctor(workers: int = 0) -> bool:
+    """Print what this machine offers to meshtape (Python, Ray, GPUs and their links, CUDA libraries), what is
+    wrong with it, and how to fix that; with `workers`, also start so many Ray workers and end them. True if
+    nothing is wrong.
+
+    The same as `meshtape doctor` on the command line.
+    """
+    from meshtape.cluster.doctor import report
+    return report(workers) == 0
 
 
 def manual_seed(seed: int) -> None:

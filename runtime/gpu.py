@@ -6,7 +6,6 @@ CuPy is imported only when asked.
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,9 +84,3 @@ def open_device(index: int = 0, memory_fraction: float | None = None) -> Any:
     if not name:
         raise MeshError(f"no GPU can be used here: {reason}; run `meshtape doctor` for what to install")
     return Device(load(), index, memory_fraction)
-
-
-def hidden() -> bool:
-    """Whether the environment hides all GPUs from CUDA."""
-    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return shown is not None and shown.split(",")[0].strip() in ("", "-1", "NoDevFiles")

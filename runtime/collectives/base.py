@@ -68,6 +68,28 @@ class Communicator(ABC):
         """
         return None
 
+    def check(self) -> None:
+        """Raise what has gone wrong with verbs that were begun and not waited for.
+
+        On a stream, a collective that fails only ends, with values that mean nothing: ask after waiting for
+        the stream, before its results are believed, and before a graph with collectives is launched.
+        """
+        return None
+
+    def launched(self, calls: int, sent: int) -> None:
+        """A graph was launched on the current stream, in which `calls` verbs that move `sent` bytes were
+        recorded.
+        """
+        self.calls += calls
+        self.bytes_sent += sent
+
+    def agree(self, proposal: int) -> int:
+        """The least of all ranks' proposals, small numbers, where ranks must do alike what each decides by
+        itself: whether verbs are recorded or replayed in CUDA graphs has to be uniform. The host waits for
+        its peers; streams do not.
+        """
+        return proposal
+
     @abstractmethod
     def all_reduce_many(self, arrays: Sequence[Array], op: str = "sum", out: Sequence[Array] | None = None,
                         via: Resident | None = None) -> list[Array]:

@@ -24,15 +24,7 @@ class DeviceCommunicator(CheckedCommunicator):
         self.array = device.cp.ndarray
 
     def check(self) -> None:
-        """Raise what has gone wrong since the last call.
-
-        On a stream, a collective that fails only ends, with values that mean nothing: ask after waiting for
-        the stream, before its results are believed, and before a graph with collectives is launched again.
-        """
         self._raise_failure()
-
-    def launched(self) -> None:
-        """A graph with verbs of this communicator has been launched on the current stream."""
 
     def _empty(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         return self.device.cp.empty(shape, dtype)

@@ -106,10 +106,16 @@ class NcclCommunicator(DeviceCommunicator):
             self._check_async()
         self._raise_failure()
 
-    def launched(self) -> None:
-        if self._failure is None:
+    def launched(self, calls: int, sent: int) -> None:
+        super().launched(calls, sent)
+        if calls and self._failure is None:
             self._watch.begin(_GRAPH)
             self._watch.done_by(self._mark())
+
+    def agree(self, proposal: int) -> int:
+        self._raise_failure()
+        with self._asking:
+            return int(self.inner.all_reduce(np.array([proposal], np.int64), "min")[0])
 
     def _mark(self) -> Any:
         """An event behind all work of the current stream; None where that is being recorded in a graph."""

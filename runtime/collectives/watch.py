@@ -58,6 +58,10 @@ class Watch:
             except CommError as error:
                 self._tell(error)
                 return
+            except Exception as error:
+                # A device that has failed answers every question with an error.
+                self._tell(CommError(f"rank {self._rank}: the device failed: {error}"))
+                return
 
     def _look(self) -> None:
         with self._changed:

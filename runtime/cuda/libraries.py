@@ -36,7 +36,7 @@ def load() -> Libraries:
 
     from meshtape.runtime.cuda import cublas
     return Libraries(cupy, cublas.load(), special, nccl if nccl.available else None,
-                     _cublaslt(), _cudnn())
+                     _cublaslt(), find_cudnn())
 
 
 def _cublaslt() -> Any:
@@ -48,7 +48,7 @@ def _cublaslt() -> Any:
     return cublasLt
 
 
-def _cudnn() -> Any:
+def find_cudnn() -> Any:
     """The cuDNN frontend; None if it is not installed, or cuDNN itself is not."""
     if find_spec("cudnn") is None:
         return None

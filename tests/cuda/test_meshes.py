@@ -125,5 +125,5 @@ def test_parts_of_gpus_must_be_above_0_and_at_most_1(arguments: dict[str, Any]) 
 def test_without_a_gpu_the_reason_is_given_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "gpu_here", lambda: ("", "cupy finds no CUDA device"))
     for arguments in ({}, {"workers": 2, "backend": "local"}):
-        with pytest.raises(MeshError, match='devices="gpu": cupy finds no CUDA device; run `meshtape doctor`'):
+        with pytest.raises(MeshError, match='devices="gpu": cupy finds no CUDA device; run `meshtape doc'):
             make_mesh(devices="gpu", **arguments)      # type: ignore[arg-type]

@@ -104,7 +104,7 @@ def test_verbs_are_recorded_in_a_graph_and_replayed() -> None:
             x[...] = float(k + comm.rank)
             y[...] = float(k - comm.rank)
             graph.launch(stream)
-            comm.launched()
+            comm.launched(4, 0)
             stream.synchronize()
             comm.check()
             got.append((total[0].get().max(), whole[0].get().min(), largest.get().max()))
@@ -112,6 +112,22 @@ def test_verbs_are_recorded_in_a_graph_and_replayed() -> None:
 
     for got in succeed(2, NcclCommunicator, body):
         assert got == [(2 * k + 1, 2 * k + 1, k) for k in range(3)]
+
+
+def test_a_call_that_only_some_ranks_record_is_noticed_by_the_emulation() -> None:
+    """NCCL requires that ranks record the same calls; they can agree on it."""
+    def body(comm: Any) -> Any:
+        x, stream = comm.device.cp.ones(3, "float32"), comm.device.stream
+        assert comm.agree(2 - comm.rank) == 1
+        if comm.rank == 0:
+            comm.all_reduce(x)
+        else:
+            stream.begin_capture()
+            comm.all_reduce(x)
+            stream.end_capture().launch(stream)
+
+    results = on_devices(2, NcclCommunicator, body)
+    assert any(isinstance(r, AssertionError) and "different calls" in str(r) for r in results)
 
 
 def test_ranks_in_different_calls_are_noticed_by_the_emulation() -> None:

@@ -147,7 +147,7 @@ class World:
 
     def _result(self, rank: int, call: Call, calls: list[Call]) -> None:
         given = [c.source for c in calls]
-        count, kind, op, root = call.signature
+        count, kind, op, root, _ = call.signature
         match call.verb:
             case "allReduce":
                 total = reduced(given, kind, op)
@@ -297,7 +297,9 @@ class NcclCommunicator:
         assert count > 0 and (source or not given) and (target or not taken), f"{verb}: null pointer, no data"
         assert 0 <= datatype < len(DTYPES) and op < NCCL_AVG and peer != rank and peer < world.size
         itemsize = np.dtype(DTYPES[datatype]).itemsize
-        call = Call(verb, (count, datatype, op, root), bytes_at(source, given * itemsize) if given else None,
+        recorded = streams.capturing()      # uniform over all ranks, says NCCL
+        call = Call(verb, (count, datatype, op, root, recorded),
+                    bytes_at(source, given * itemsize) if given else None,
                     bytes_at(target, taken * itemsize) if taken else None, peer)
         if _group.depth:
             _group.calls.append((self, stream, call))
