@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from hypothesis import strategies as st
 
 from meshtape.runtime.op import IO, TABLE
 from meshtape.runtime.overlap import Placed
@@ -109,3 +110,40 @@ def numbers_of(device: Any, step: Placed, scalars: Sequence[Any]) -> list[Any]:
     return [device.cp.asarray(np.array(x, np.float64 if letter == "d" else np.int64))
             for x, letter in zip(found, step.call.numbers, strict=True)]
 
+
+# --- random programs --------------------------------------------------------------------------------------
+
+UNARY = ("negative", "abs", "tanh", "relu", "sigmoid", "square", "sign", "floor")
+BINARY = ("add", "sub", "mul", "maximum", "minimum", "relu_grad")
+OPERANDS = [(4, 6), (6,), (4, 1), (1, 6), (), (4, 6)]
+
+
+def together(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    return all(1 in (m, n) or m == n for m, n in zip(a[::-1], b[::-1], strict=False))
+
+
+@st.composite
+def programs(draw: Any, most: int) -> tuple[Steps, list[int]]:
+    """Up to `most` pointwise ops over a few shapes that broadcast, with boundaries and reductions among them,
+    and the slots that are kept.
+    """
+    p = Steps()
+    slots = [p.input(shape) for shape in OPERANDS]
+    for _ in range(draw(st.integers(1, most))):
+        kind = draw(st.sampled_from("uuubbbbbnrcx"))
+        x, y = (draw(st.sampled_from(slots[-9:])) for _ in range(2))
+        if kind == "u":
+            slots.append(p.op(draw(st.sampled_from(UNARY)), x))
+        elif kind == "n":
+            number = draw(st.sampled_from((0.5, -1.25, 3.0)))
+            slots.append(p.op(draw(st.sampled_from(("mul", "add", "maximum"))), x, Number(number)))
+        elif kind == "r" and p.types[x][0]:
+            slots.append(p.op(draw(st.sampled_from(("sum", "max", "mean"))), x, keepdims=draw(st.booleans()),
+                              axis=draw(st.integers(0, len(p.types[x][0]) - 1))))
+        elif kind == "x":
+            slots.append(p.boundary(x))
+        elif kind in "bc" and together(p.types[x][0], p.types[y][0]):
+            slots.append(p.op(draw(st.sampled_from(BINARY)), x, y) if kind == "b" else
+                         p.op("where", p.op("less", x, y), x, y))
+    made = [s for s in slots if s not in p.external]
+    return p, draw(st.lists(st.sampled_from(made), unique=True)) if made else []

@@ -23,7 +23,7 @@ from meshtape.runtime.cuda.links import Chain, End, Link, Pointwise, Reduction, 
 from meshtape.runtime.overlap import Placed
 
 # More operands or links than these make kernels that need more registers than they save reads.
-MOST_ARRAYS, MOST_LINKS = 16, 64
+MOST_ARRAYS, MOST_NUMBERS, MOST_LINKS = 16, 32, 64
 # Bytes by which waiting for its last member may add to what a chain keeps alive.
 SLACK = 1 << 20
 # Of the readers of one array, how many chains each is tried with.
@@ -56,6 +56,7 @@ class Grouping:
         self.group: list[Group | None] = []
         self.consumers: dict[int, list[int]] = {}
         self.producer: dict[int, int] = {}
+        self.horizon = 0                    # steps from here on are in no group with others
         gap = 0
         for at, (step, what) in enumerate(zip(steps, self.what, strict=True)):
             self.gap.append(gap)
@@ -71,6 +72,7 @@ class Grouping:
     def join(self) -> None:
         """Put together what goes together."""
         for at, step in enumerate(self.steps):
+            self.horizon = at + 1
             for slot in dict.fromkeys(step.ins):
                 mine, maker = self.group[at], self.producer.get(slot)
                 theirs = None if maker is None else self.group[maker]
@@ -114,7 +116,9 @@ class Grouping:
     def _fits(self, members: Sequence[int]) -> bool:
         made = {s for at in members for s in self.steps[at].outs}
         read = {s for at in members for s in self.steps[at].ins if s not in made}
-        return len(members) <= MOST_LINKS and len(read) + len(self.outputs(members)) <= MOST_ARRAYS
+        numbers = sum(s < 0 for s in read)
+        arrays = len(read) - numbers + len(self.outputs(members))
+        return len(members) <= MOST_LINKS and numbers <= MOST_NUMBERS and arrays <= MOST_ARRAYS
 
     def outputs(self, members: Sequence[int]) -> list[int]:
         """Slots that members make and others read, or that are kept, or that nobody reads."""
@@ -144,7 +148,7 @@ class Grouping:
             where = self.gap[at] if group is None else group.gap
             if where < gap:
                 return False
-            if group is None or where > gap or at in seen:
+            if group is None or where > gap or at in seen or at >= self.horizon:
                 continue
             seen.update(group.members)
             after = [r for m in group.members for s in self.steps[m].outs for r in self.consumers.get(s, ())]

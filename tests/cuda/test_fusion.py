@@ -7,9 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fused_programs import Number, Steps, run_fused
+from fused_programs import Number, Steps, programs, run_fused
 from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from nvrtc import compiled, ptx
 
 from meshtape.runtime.cuda import fusion
@@ -300,43 +299,9 @@ def test_a_captured_chain_reads_new_numbers_when_it_is_replayed(device: Any) -> 
 
 # --- random programs --------------------------------------------------------------------------------------
 
-UNARY = ("negative", "abs", "tanh", "relu", "sigmoid", "square", "sign", "floor")
-BINARY = ("add", "sub", "mul", "maximum", "minimum", "relu_grad")
-OPERANDS = [(4, 6), (6,), (4, 1), (1, 6), (), (4, 6)]
-
-
-def together(a: tuple[int, ...], b: tuple[int, ...]) -> bool:
-    return all(1 in (m, n) or m == n for m, n in zip(a[::-1], b[::-1], strict=False))
-
-
-@st.composite
-def programs(draw: Any) -> tuple[Steps, list[int]]:
-    """Pointwise ops over a few shapes that broadcast, boundaries and reductions among them."""
-    p = Steps()
-    slots = [p.input(shape) for shape in OPERANDS]
-    for _ in range(draw(st.integers(1, 14))):
-        kind = draw(st.sampled_from("uuubbbbbnrcx"))
-        x, y = (draw(st.sampled_from(slots[-9:])) for _ in range(2))
-        if kind == "u":
-            slots.append(p.op(draw(st.sampled_from(UNARY)), x))
-        elif kind == "n":
-            number = draw(st.sampled_from((0.5, -1.25, 3.0)))
-            slots.append(p.op(draw(st.sampled_from(("mul", "add", "maximum"))), x, Number(number)))
-        elif kind == "r" and p.types[x][0]:
-            slots.append(p.op(draw(st.sampled_from(("sum", "max", "mean"))), x, keepdims=draw(st.booleans()),
-                              axis=draw(st.integers(0, len(p.types[x][0]) - 1))))
-        elif kind == "x":
-            slots.append(p.boundary(x))
-        elif kind in "bc" and together(p.types[x][0], p.types[y][0]):
-            slots.append(p.op(draw(st.sampled_from(BINARY)), x, y) if kind == "b" else
-                         p.op("where", p.op("less", x, y), x, y))
-    made = [s for s in slots if s not in p.external]
-    return p, draw(st.lists(st.sampled_from(made), unique=True)) if made else []
-
-
 @settings(max_examples=25, deadline=None, derandomize=True,
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
-@given(programs())
+@given(programs(14))
 def test_random_programs_give_what_their_steps_give(device: Any, made: tuple[Steps, list[int]]) -> None:
     program, kept = made
     values = values_for(program)
