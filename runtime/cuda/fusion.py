@@ -1,8 +1,8 @@
 """Chains of pointwise ops as generated kernels: one launch for each chain, two where a reduction ends it in
 parts.
 
-Results do not depend on where arrays lie: alignment chooses between accesses of 16 bytes and of one
-element, never the order in which a reduction adds. That order depends on shapes, strides and dtypes alone.
+Results do not depend on where arrays lie: alignment chooses between accesses of 16 bytes and of one element,
+never the order in which a reduction adds. That order depends on shapes and dtypes alone.
 """
 
 from __future__ import annotations

@@ -316,7 +316,7 @@ def test_random_programs_give_what_their_steps_give(device: Any, made: tuple[Ste
 # --- sources ----------------------------------------------------------------------------------------------
 
 def representative() -> list[Any]:
-    """(name, program, result): of shapes that are worth a device."""
+    """(name, program, *results): of shapes that are worth a device."""
     found = []
     for name in ("float32", "bfloat16", "float64", "int8"):
         p = Steps()
@@ -329,14 +329,20 @@ def representative() -> list[Any]:
         p = Steps()
         out = chain_of_six(p, p.input((4096, 4096)), p.input((4096, 1)))
         found.append((f"sum {axis}", p, p.op("sum", out, axis=axis)))
+    for approximate in ("none", "tanh"):
+        p = Steps()
+        g, x = (p.input((4096, 4096), canonical("bfloat16")) for _ in range(2))
+        slope = p.op("gelu_grad", g, x, approximate=approximate)
+        found.append((f"bias {approximate}", p, slope, p.op("sum_to", slope, shape=(4096,))))
     return found
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-@pytest.mark.parametrize(("name", "program", "out"), representative(), ids=[r[0] for r in representative()])
-def test_generated_sources_compile_without_spills(name: str, program: Steps, out: int, arch: str) -> None:
+@pytest.mark.parametrize("case", representative(), ids=lambda case: case[0])
+def test_generated_sources_compile_without_spills(case: Any, arch: str) -> None:
     import emulator
-    step, = fuse(program.steps, program.types, program.dead(out))
+    _, program, *outs = case
+    step, = fuse(program.steps, program.types, program.dead(*outs))
     chain = step.call.function.chain
     strides = [contiguous(shape, dtype.itemsize) for shape, dtype in chain.arrays]
     launch = fusion.prepared(chain, strides, emulator.device())
