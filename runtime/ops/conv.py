@@ -24,6 +24,7 @@ import numpy as np
 
 from meshtape.runtime.cuda.dnn import convolution
 from meshtape.runtime.cuda.dnn.batch_norm import CONV_BIAS_GRAD
+from meshtape.runtime.cuda.kernels import convolution as own
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import IO, REQUIRED, Axes, Op, Sample, register
 from meshtape.runtime.ops import conv_rows, winograd
@@ -314,13 +315,13 @@ conv: Op = register(Op(
     linear=((0,), (1,)), local=_own_groups(lambda io: io.ins[1]), keeps="x w", vjp=(_by_x, _by_w),
     autocast="low",
     samples=lambda: [Sample((x, w), attrs) for x, w, _, attrs in _cases()],
-    device=convolution.by_cudnn(convolution.forward, _conv)))
+    device=convolution.by_cudnn(convolution.forward, own.forward)))
 conv_bias: Op = register(Op(
     "conv_bias", kernel=_conv_bias, attrs=GEOMETRY, shape=_conv_shape, dtype=floated(COMPLEX)("conv_bias"),
     axes=_conv_axes, linear=((0, 2), (1, 2)), local=_own_groups(lambda io: io.ins[1]), keeps="x w",
     vjp=(_by_x, _by_w, _by_bias), autocast="low",
     samples=lambda: [Sample((x, w, w[:1]), attrs) for x, w, _, attrs in _cases()],
-    device=convolution.by_cudnn(convolution.forward_bias, _conv_bias)))
+    device=convolution.by_cudnn(convolution.forward_bias, own.forward_bias)))
 conv_input_grad: Op = register(Op(
     "conv_input_grad", kernel=_conv_input_grad, attrs={"size": REQUIRED, **GEOMETRY}, shape=_input_grad_shape,
     dtype=floated(COMPLEX)("conv_input_grad"), axes=_input_grad_axes, linear=((0,), (1,)),
@@ -328,7 +329,7 @@ conv_input_grad: Op = register(Op(
     vjp=(lambda u, out, g, w, size, **attrs: conv(u, w, **attrs),
          lambda u, out, g, w, size, **attrs: conv_weight_grad(g, u, kernel=tuple(w.shape[2:]), **attrs)),
     samples=lambda: [Sample((y, w), {"size": x[2:], **attrs}) for x, w, y, attrs in _cases()],
-    device=convolution.by_cudnn(convolution.input_grad, _conv_input_grad)))
+    device=convolution.by_cudnn(convolution.input_grad, own.input_grad)))
 conv_weight_grad: Op = register(Op(
     "conv_weight_grad", kernel=_conv_weight_grad, attrs={"kernel": REQUIRED, **GEOMETRY},
     shape=_weight_grad_shape, dtype=floated(COMPLEX)("conv_weight_grad"), axes=_weight_grad_axes,
@@ -336,7 +337,7 @@ conv_weight_grad: Op = register(Op(
     vjp=(lambda u, out, g, x, kernel, **attrs: conv(x, u, **attrs),
          lambda u, out, g, x, kernel, **attrs: conv_input_grad(g, u, size=tuple(x.shape[2:]), **attrs)),
     samples=lambda: [Sample((y, x), {"kernel": w[2:], **attrs}) for x, w, y, attrs in _cases()],
-    device=convolution.by_cudnn(convolution.weight_grad, _conv_weight_grad)))
+    device=convolution.by_cudnn(convolution.weight_grad, own.weight_grad)))
 
 # The sum over samples and spatial dimensions.
 conv_bias_grad: Op = register(Op(

@@ -170,14 +170,15 @@ def weight_grad(dev: Any, g: Any, x: Any, kernel: Shape, stride: Shape, padding:
 
 
 def supports(shapes: tuple[Any, ...], dtypes: tuple[Any, ...], attrs: dict[str, Any]) -> bool:
-    """Real floats of 16 and 32 bits, nothing empty, up to three spatial dimensions."""
-    return (len({d.name for d in dtypes}) == 1 and dtypes[0].name in DATA_TYPES and len(shapes[0]) <= 5
-            and all(n > 0 for shape in shapes for n in shape))
+    """Real floats, nothing empty, up to three spatial dimensions."""
+    return (len({d.name for d in dtypes}) == 1 and dtypes[0].name in (*DATA_TYPES, "float64")
+            and len(shapes[0]) <= 5 and all(n > 0 for shape in shapes for n in shape))
 
 
-def by_cudnn(kernel: Callable[..., Any], plain: Callable[..., Any]) -> DeviceKernel:
-    """`kernel` of the above where there is cuDNN and it takes the case; else `plain`, by device arrays."""
+def by_cudnn(kernel: Callable[..., Any], other: Callable[..., Any]) -> DeviceKernel:
+    """`kernel` of the above where there is cuDNN and it takes the case; else `other`."""
     def run(dev: Any, *arrays: Any, out: Any = None, **attrs: Any) -> Any:
-        result = None if dev.dnn is None else kernel(dev, *arrays, out=out, **attrs)
-        return plain(dev.xp, *arrays, out=out, **attrs) if result is None else result
+        asked = dev.dnn is not None and arrays[0].dtype.name in DATA_TYPES
+        result = kernel(dev, *arrays, out=out, **attrs) if asked else None
+        return other(dev, *arrays, out=out, **attrs) if result is None else result
     return DeviceKernel(run, supports)

@@ -7,7 +7,7 @@ innermost; in that order a thread takes VEC neighbouring channels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -301,6 +301,20 @@ def _innermost(x: Any) -> bool:
     return not x.flags.c_contiguous and lies(x, channels_last(x.shape))
 
 
+def fields_of(made: Shape, total: int, read: Sequence[Any], geometry: Mapping[str, Any]) -> Any:
+    """The struct Pool; what `geometry` leaves out is that of a kernel of one tap."""
+    fields = np.zeros(1, POOL)
+    fields["total"] = total
+    for key, x in zip("ab", read, strict=False):
+        fields[key] = _strides(x)
+    fields["made"] = [*made[:2], *_three(made[2:], 1)]
+    for key, fill in (("size", 1), ("count", 1), ("kernel", 1), ("step", 1), ("before", 0), ("after", 0),
+                      ("apart", 1)):
+        fields[key] = _three(geometry.get(key, ()), fill)
+    fields["padded"], fields["divisor"] = geometry.get("padded", 1), geometry.get("divisor") or 0
+    return fields
+
+
 def _launch(dev: Any, which: Any, name: str, made: Sequence[Any], read: Sequence[Any], last: bool,
             taps: Any = np.uint8, window: int = 0, **geometry: Any) -> None:
     """A kernel that writes `made`, which lie alike, and reads `read`."""
@@ -314,15 +328,7 @@ def _launch(dev: Any, which: Any, name: str, made: Sequence[Any], read: Sequence
             _innermost(x) and x.data.ptr % 16 == 0 for x in (*made, *read))
         vec = whole if fits else 1
     warp = window >= WARPED and not last
-    fields = np.zeros(1, POOL)
-    fields["total"] = first.size
-    for key, x in zip("ab", read, strict=False):
-        fields[key] = _strides(x)
-    fields["made"] = [*first.shape[:2], *_three(first.shape[2:], 1)]
-    for key, fill in (("size", 1), ("count", 1), ("kernel", 1), ("step", 1), ("before", 0), ("after", 0),
-                      ("apart", 1)):
-        fields[key] = _three(geometry.get(key, ()), fill)
-    fields["padded"], fields["divisor"] = geometry.get("padded", 1), geometry.get("divisor") or 0
+    fields = fields_of(first.shape, first.size, read, geometry)
     small = first.size * (32 if warp else 1) < 2**30
     kernel = dev.kernels(which, name, T=ctype(first.dtype), I=ctype(taps), LAST=int(last), VEC=vec,
                          WARP=int(warp), index_t="int" if small else "long long")
