@@ -1,6 +1,7 @@
 """WHEN gradients flow: Tensor, the tape, and the walk backwards."""
 
 import meshtape.runtime.ops  # noqa: F401  fills the op table
+from meshtape.autograd import foreign as _foreign  # noqa: F401  installs Tensor.__dlpack__
 from meshtape.autograd import nested as _nested  # noqa: F401  installs Tensor._differentiate
 from meshtape.autograd.record import apply
 from meshtape.autograd.tape import backward, checkpoint, grad, set_grad_enabled

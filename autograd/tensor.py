@@ -323,6 +323,11 @@ def as_tensor(
     if isinstance(data, Tensor):
         out = data if dtype is None or canonical(dtype) == data.dtype else data.astype(dtype)
         return out if layout is None else out.redistribute(layout)
+    if not isinstance(data, OWN) and hasattr(data, "__dlpack__"):
+        from meshtape.autograd.foreign import take_in
+        data = take_in(data)
+        if isinstance(data, Tensor):
+            return as_tensor(data, dtype, layout)
     session = current.active or current.session()
     array = to_array(data, dtype, copy=False)
     placements = session.axes.replicated if layout is None else session.specs.placements(layout, array.ndim)
@@ -331,6 +336,7 @@ def as_tensor(
 
 
 PLAIN = frozenset(NAMES.values())      # dtypes that need no conversion
+OWN = (np.ndarray, np.generic, list, tuple, bool, int, float, complex)      # what NumPy converts
 FRESH = (list, tuple, bool, int, float, complex)    # data that no array can share memory with
 
 

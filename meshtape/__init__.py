@@ -11,6 +11,7 @@ from typing import Any
 
 from meshtape import methods as _methods
 from meshtape.autograd import Tensor, checkpoint, grad
+from meshtape.autograd.foreign import as_cupy, from_cupy
 from meshtape.contraction import *  # noqa: F403
 from meshtape.creation import *  # noqa: F403
 from meshtape.elementwise import *  # noqa: F403

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from meshtape.autograd import Tensor, apply, as_tensor
+from meshtape.autograd.foreign import from_dlpack
 from meshtape.runtime.dtypes import DEFAULT_FLOAT, DEFAULT_INT, AnyDType, canonical
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import integers, lookup
@@ -179,6 +180,7 @@ __all__ = [
     "empty",
     "empty_like",
     "eye",
+    "from_dlpack",
     "full",
     "full_like",
     "linspace",

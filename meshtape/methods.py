@@ -221,7 +221,6 @@ def install() -> None:
     properties = {
         "T": lambda self: manipulation.permute_dims(self, range(self.ndim)[::-1]),
         "mT": manipulation.matrix_transpose,
-        "device": lambda self: "mesh",
         "real": lambda self: elementwise.real(self), "imag": lambda self: elementwise.imag(self),  # type: ignore[attr-defined]
     }
     for name, getter in properties.items():
