@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from meshtape.runtime import dtypes
-from meshtape.runtime.errors import DTypeError
+from meshtape.runtime.errors import DTypeError, MeshtapeError
 
 OPTIONS = ("-std=c++17",)
 WAVES = 8           # blocks per multiprocessor after which loops stride over the grid
@@ -188,7 +188,9 @@ SOURCES: dict[str, Source] = {}
 
 def source(name: str, code: str, functions: tuple[str, ...],
            variants: tuple[Mapping[str, str], ...] = ({},)) -> Source:
-    """Declare a source, so that tests find it."""
+    """Declare a source, so that tests find it. Raises MeshtapeError if another one has its name."""
+    if name in SOURCES and SOURCES[name].code != code:
+        raise MeshtapeError(f"CUDA source {name!r} is declared twice")
     SOURCES[name] = made = Source(name, code, functions, variants)
     return made
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from meshtape.runtime import dtypes
+from meshtape.runtime.cuda.kernels import softmax as cuda_softmax
 from meshtape.runtime.errors import ShapeError
 from meshtape.runtime.op import (
     ALPHABET,
@@ -245,6 +246,7 @@ def _logsumexp_vjp(g: Any, out: Any, x: Any, axis: Axis, keepdims: bool) -> Any:
 
 logsumexp = register(Op(
     "logsumexp", _logsumexp, attrs={"axis": None, "keepdims": False}, shape=shape_of("logsumexp"),
+    device=cuda_softmax.logsumexp,
     dtype=floated(COMPLEX)("logsumexp"), axes=axes_of(""), vjp=(_logsumexp_vjp,), keeps="x out",
     samples=reductions(kinds="i"), autocast="float32"))
 

@@ -19,7 +19,8 @@ FLOATS = list(TOLERANCE)
 
 
 def to_device(dev: Any, x: Any) -> Any:
-    return dev.cp.asarray(x) if isinstance(x, np.ndarray) else x
+    """`x` on the device; a number as the kernels here ask for it."""
+    return dev.cp.asarray(np.asarray(x, None if isinstance(x, np.ndarray) else np.float64))
 
 
 def unaligned(dev: Any, x: np.ndarray[Any, Any]) -> Any:
@@ -39,7 +40,7 @@ def spread(dev: Any, x: np.ndarray[Any, Any]) -> Any:
 def same(got: Sequence[Any], wanted: Sequence[Any], what: str, loose: float = 1) -> None:
     for k, (a, b) in enumerate(zip(got, wanted, strict=True)):
         a = a.get()
-        assert a.shape == b.shape, f"{what}, output {k}: {a.shape}, not {b.shape}"
+        assert (a.shape, a.dtype) == (b.shape, b.dtype), f"{what}, output {k}"
         rtol, atol = (loose * t for t in TOLERANCE.get(np.dtype(b.dtype).name, (0, 0)))
         wide = np.float64 if dtypes.is_floating(b.dtype) else b.dtype
         np.testing.assert_allclose(a.astype(wide), b.astype(wide), rtol, atol, err_msg=f"{what}, output {k}")
@@ -58,7 +59,9 @@ def check(dev: Any, name: str, inputs: Sequence[Any], attrs: dict[str, Any] | No
     got = op.device.run(dev, *(place(dev, x) if isinstance(x, np.ndarray) and x.ndim else to_device(dev, x)
                                for x in inputs), **given)
     many = op.n_out != 1
-    same(got if many else [got], [np.asarray(w) for w in wanted] if many else [np.asarray(wanted)],
+    _, outs = op.dtype(*(getattr(x, "dtype", type(x)) for x in inputs), **given)
+    same(got if many else [got],
+         [np.asarray(w).astype(d) for w, d in zip(wanted if many else [wanted], outs, strict=True)],
          f"{name}{shapes} {given}", loose)
 
 
@@ -69,7 +72,7 @@ def normal(seed: int, shape: tuple[int, ...], dtype: str, low: float = 0, spread
 # --- every sample of every row ------------------------------------------------------------------------
 
 ROWS = ["softmax", "log_softmax", "softmax_grad", "log_softmax_grad", "cross_entropy", "cross_entropy_grad",
-        "nll", "nll_grad", "layer_norm", "normalize", "layer_norm_grad", "normalize_grad"]
+        "nll", "nll_grad", "layer_norm", "normalize", "layer_norm_grad", "normalize_grad", "logsumexp"]
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -139,6 +142,18 @@ def test_softmax_of_long_rows_reads_them_again(device: Any) -> None:
             check(device, "softmax", [x], loose=4)
             y = (np.exp(normal(2, (1, width), "float64")) / width).astype(x.dtype)
             check(device, "softmax_grad", [normal(3, (1, width), dtype), y], loose=8)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_logsumexp_over_any_axes_and_of_infinities(device: Any, dtype: str) -> None:
+    for axis in (None, 0, (0, 2), -1):
+        for keepdims in (False, True):
+            attrs = {"axis": axis, "keepdims": keepdims}
+            check(device, "logsumexp", [normal(0, (5, 4, 66), dtype)], attrs, loose=2)
+    x = normal(1, (5, 40), dtype)
+    x[0], x[1, 3], x[2, 3], x[3, :39] = -np.inf, np.inf, np.nan, -np.inf
+    check(device, "logsumexp", [x], {"axis": 1})
+    check(device, "logsumexp", [normal(2, (1, 40000), dtype, low=50)], {"axis": 1}, 4)
 
 
 # --- losses ---------------------------------------------------------------------------------------------

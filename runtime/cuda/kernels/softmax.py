@@ -6,13 +6,14 @@ maximum grows (Milakov, Gimelshein 2018, arXiv:1805.02867).
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import numpy as np
 
 from meshtape.runtime.cuda.kernels.rows import LAST, ROWS, as_rows, equal_floats, plan, variants
 from meshtape.runtime.cuda.source import Source, source
-from meshtape.runtime.op import DeviceKernel
+from meshtape.runtime.op import DeviceKernel, normalize_axes
 
 HELD = 32           # elements of a row that a thread keeps
 
@@ -193,6 +194,42 @@ def _fits(shapes: Any, given: Any, attrs: Any) -> bool:
     return equal_floats(shapes, given) and (not shape or shape[attrs["axis"]] < 1 << 30)
 
 
+LOGSUMEXP = source("logsumexp", ROWS + STATISTICS + r'''
+extern "C" __global__ void __launch_bounds__(THREADS) logsumexp(const T* x, T* out, index_t rows, int width) {
+  __shared__ A room[ROOM];
+  each_row(rows, [&](index_t row, bool there) {
+#if HELD
+    A e[PER][V];
+    read_row(x + row * width, width, there, e);
+    const Statistics s = exponentials(e, room);
+#else
+    const Statistics s = statistics(x + row * width, width, room);
+#endif
+    const bool finite = s.top - s.top == 0;
+    if (there && lane_of_group() == 0) out[row] = T(finite ? log(s.total) + s.top : s.top);
+  });
+}
+''', ("logsumexp",), variants(HELD))
+
+
+def _logsumexp(dev: Any, x: Any, axis: Any, keepdims: bool) -> Any:
+    axes = normalize_axes(axis, x.ndim)
+    kept = [d for d in range(x.ndim) if d not in axes]
+    rows = as_rows(dev, x.transpose(*kept, *axes), len(axes))
+    count, width = rows.shape
+    out = dev.cp.empty(count, x.dtype)
+    how = plan(width, x.dtype, (rows,), HELD)
+    dev.kernels(LOGSUMEXP, "logsumexp", **how.macros)(
+        (min(LAST, -(-count // how.at_once)),), (how.threads,), (rows, out, np.int64(count), np.int32(width)))
+    return out.reshape([1 if d in axes else n for d, n in enumerate(x.shape) if keepdims or d not in axes])
+
+
+def _sums_fit(shapes: Any, given: Any, attrs: Any) -> bool:
+    """An input with elements, in a floating dtype."""
+    return equal_floats(shapes, given) and 0 < prod(shapes[0]) < 1 << 30
+
+
+logsumexp = DeviceKernel(_logsumexp, _sums_fit)
 softmax = _along(SOFTMAX, "softmax", 0, HELD)
 log_softmax = _along(SOFTMAX, "softmax", 1, HELD // 2)
 softmax_grad = _along(GRADIENT, "softmax_grad", 0, HELD // 2)
