@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from emulator import streams
-from emulator.memory import MemoryPointer, MemoryPool
+from emulator.memory import MemoryPointer, MemoryPool, copy_to_host
+from emulator.order import READ, WRITE, span
 
 DTYPES = "?bBhHiIlLqQefdFD"
 
@@ -129,23 +130,24 @@ class ndarray:
         return (self[i] for i in range(len(self)))
 
     def __repr__(self) -> str:
-        streams.synchronises("repr")
-        return repr(self._a)
+        return repr(self.get())
 
     # --- to the host ------------------------------------------------------------------------------------
 
     def get(self, stream: Any = None, order: str = "C", out: Any = None, blocking: bool = True) -> Any:
-        if blocking:
+        if blocking and streams.capturing():
             streams.synchronises("ndarray.get")
         if out is not None:
             if not isinstance(out, np.ndarray):
                 raise TypeError("Only numpy.ndarray can be obtained from cupy.ndarray")
             if out.dtype != self.dtype or out.shape != self.shape:
                 raise ValueError(f"{self.shape} {self.dtype} does not go into {out.shape} {out.dtype}")
-            a = self._a
-            streams.work(lambda: np.copyto(out, a), stream)
-            return out
-        return np.array(self._a, order=order, copy=True)  # type: ignore[call-overload]
+        to = out if out is not None else np.empty(self.shape, self.dtype, order)  # type: ignore[call-overload]
+        a = self._a
+        streams.work(lambda: copy_to_host(to, a), stream, [span(a, READ)])
+        if blocking:
+            (stream if stream is not None else streams.current_stream()).synchronize()
+        return to
 
     def set(self, arr: Any, stream: Any = None) -> None:
         if not isinstance(arr, np.ndarray):
@@ -155,39 +157,32 @@ class ndarray:
         if self.shape != arr.shape:
             raise ValueError(f"Shape mismatch. Old shape: {self.shape}, new shape: {arr.shape}")
         streams.forbidden("ndarray.set from pageable memory")
-        self._a[...] = arr
+        a = self._a
+        streams.work(lambda: np.copyto(a, arr), stream, [span(a, WRITE)])
 
     def item(self, *args: Any) -> Any:
-        streams.synchronises("ndarray.item")
-        return self._a.item(*args)
+        return self.get().item(*args)
 
     def tolist(self) -> Any:
-        streams.synchronises("ndarray.tolist")
-        return self._a.tolist()
+        return self.get().tolist()
 
     def tobytes(self, order: str = "C") -> bytes:
-        streams.synchronises("ndarray.tobytes")
-        return self._a.tobytes(order)  # type: ignore[arg-type]
+        return self.get().tobytes(order)  # type: ignore[no-any-return]
 
     def __bool__(self) -> bool:
-        streams.synchronises("bool(array)")
-        return bool(self._a)
+        return bool(self.get())
 
     def __int__(self) -> int:
-        streams.synchronises("int(array)")
-        return int(self._a)
+        return int(self.get())
 
     def __float__(self) -> float:
-        streams.synchronises("float(array)")
-        return float(self._a)
+        return float(self.get())
 
     def __complex__(self) -> complex:
-        streams.synchronises("complex(array)")
-        return complex(self._a)
+        return complex(self.get())
 
     def __index__(self) -> int:
-        streams.synchronises("index(array)")
-        return self._a.__index__()
+        return self.get().__index__()  # type: ignore[no-any-return]
 
     # --- views and copies -------------------------------------------------------------------------------
 
@@ -259,7 +254,7 @@ class ndarray:
         a, value = self._a, plain(value)
         if isinstance(value, np.ndarray) and value.ndim:
             raise ValueError("non-scalar cupy.ndarray cannot be used for fill")
-        streams.work(lambda: a.fill(value))
+        streams.work(lambda: a.fill(value), touches=[span(a, WRITE)])
 
     def __getitem__(self, key: Any) -> ndarray:
         from emulator.indexing import getitem
@@ -357,18 +352,18 @@ def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     fresh = [k for k, (_, view) in enumerate(made) if not view]
     if fresh:
         targets = {k: made[k][0]._a for k in fresh}
+        first = [result]
 
-        def again() -> None:
+        def does() -> None:
             with np.errstate(all="ignore"):
-                results = function(*inside, **named)
+                results = first.pop() if first else function(*inside, **named)
             for k, target in targets.items():
                 np.copyto(target, results[k] if many else results)
 
         if streams.capturing():
-            streams.work(again)
-        else:
-            for k, target in targets.items():
-                streams.work(lambda to=target, r=(result[k] if many else result): np.copyto(to, r))
+            first.clear()
+        streams.work(does, touches=[*(span(x._a, READ) for x in operands),
+                                    *(span(a, WRITE) for a in targets.values())])
     arrays = [x for x, _ in made]
     return type(result)(arrays) if many and type(result) in (list, tuple) else (
         tuple(arrays) if many else arrays[0])
@@ -395,7 +390,9 @@ def run_into(function: Callable[..., Any], targets: Sequence[Any], *args: Any, *
         with np.errstate(all="ignore"):
             function(*inside, **named)
 
-    streams.work(does)
+    given = arrays_in((*args, *kwargs.values()))
+    reads = [span(x._a, READ) for x in given if all(x is not t for t in targets)]
+    streams.work(does, touches=[*reads, *(span(t._a, WRITE) for t in targets)])
 
 
 def from_host(a: Any, dtype: Any = None, order: str | None = None) -> ndarray:
@@ -409,5 +406,5 @@ def from_host(a: Any, dtype: Any = None, order: str | None = None) -> ndarray:
     streams.forbidden("a copy from memory of the host (cupy.array)")
     fortran = order == "F" or (order in (None, "K", "A") and host.flags.fnc)
     new = ndarray(host.shape, host.dtype, order="F" if fortran else "C")
-    new._a[...] = host
+    streams.work(lambda: np.copyto(new._a, host), touches=[span(new._a, WRITE)])
     return new

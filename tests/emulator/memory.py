@@ -9,9 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
+from collections import deque
+from functools import partial
 from typing import Any
 
 import numpy as np
+
+from emulator import order
+from emulator.order import READ, WRITE, span
 
 GUARD = 512
 ALIGN = 512
@@ -32,15 +38,25 @@ class Hardware:
 
     def __init__(self) -> None:
         self.total = 64 << 30
-        self.used = 0
         self.damage: list[str] = []
-        self.lock = threading.RLock()
+        self.gone: deque[tuple[int, int, object]] = deque()     # finalisers take no locks
+        self._used = 0
+        self._lock = threading.RLock()
+
+    @property
+    def used(self) -> int:
+        with self._lock:
+            while self.gone:
+                start, size, token = self.gone.popleft()
+                order.remove_block(start, token)
+                self._used -= size
+            return self._used
 
     def take(self, size: int) -> None:
-        with self.lock:
+        with self._lock:
             if self.used + size > self.total:
                 raise OutOfMemoryError(size, self.used)
-            self.used += size
+            self._used += size
 
 
 HARDWARE = Hardware()
@@ -72,6 +88,7 @@ class Memory:
         self._before, self._behind = self._raw[start - GUARD:start], self._raw[start + size:][:GUARD]
         self.ptr = int(self.bytes.ctypes.data) if size else int(self._raw.ctypes.data) + start
         self.asked = size
+        self._token = order.add_block(self.ptr, size)
 
     def hand_out(self, asked: int) -> None:
         from emulator.streams import current_stream
@@ -92,8 +109,7 @@ class Memory:
     def __del__(self) -> None:
         # It may have gone back to its pool before, and into use: garbage is finalised one by one.
         if hasattr(self, "asked"):
-            with HARDWARE.lock:
-                HARDWARE.used -= self.size
+            HARDWARE.gone.append((self.ptr, self.size, self._token))
 
 
 class PooledMemory:
@@ -107,7 +123,7 @@ class PooledMemory:
         memory, self._memory = self._memory, None  # type: ignore[assignment]
         if memory is not None:
             memory.inspect()
-            self._pool._take_back(memory, self._arena)
+            self._pool._returned.append((memory, self._arena))
 
     def __del__(self) -> None:
         self.free()
@@ -153,30 +169,32 @@ class MemoryPointer:
 
     def copy_from_device_async(self, src: MemoryPointer, size: int, stream: Any = None) -> None:
         to, come = self._bytes(size), src._bytes(size)
-        _work(lambda: to.__setitem__(slice(None), come), stream)
+        _work(lambda: np.copyto(to, come), stream, [span(come, READ), span(to, WRITE)])
 
     def copy_from_host_async(self, mem: Any, size: int, stream: Any = None) -> None:
-        to, come = self._bytes(size), bytes_at(_address(mem), size)
-        _work(lambda: to.__setitem__(slice(None), come), stream)
+        to, come, owner = self._bytes(size), bytes_at(_address(mem), size), pinned_at(_address(mem))
+        copy = np.copyto if owner is None else partial(copy_from_host, owner=owner)
+        _work(lambda: copy(to, come), stream, [span(to, WRITE)])
 
     def copy_to_host_async(self, mem: Any, size: int, stream: Any = None) -> None:
-        come, to = self._bytes(size), bytes_at(_address(mem), size)
-        _work(lambda: to.__setitem__(slice(None), come), stream)
+        come, to, owner = self._bytes(size), bytes_at(_address(mem), size), pinned_at(_address(mem))
+        copy = np.copyto if owner is None else partial(copy_to_host, owner=owner)
+        _work(lambda: copy(to, come), stream, [span(come, READ)])
 
     def memset_async(self, value: int, size: int, stream: Any = None) -> None:
         to = self._bytes(size)
-        _work(lambda: to.fill(value), stream)
+        _work(lambda: to.fill(value), stream, [span(to, WRITE)])
 
     def copy_from_device(self, src: MemoryPointer, size: int) -> None:
         self.copy_from_device_async(src, size)
 
     def copy_from_host(self, mem: Any, size: int) -> None:
+        self.copy_from_host_async(mem, size)
         _sync("MemoryPointer.copy_from_host")
-        self._bytes(size)[:] = bytes_at(_address(mem), size)
 
     def copy_to_host(self, mem: Any, size: int) -> None:
+        self.copy_to_host_async(mem, size)
         _sync("MemoryPointer.copy_to_host")
-        bytes_at(_address(mem), size)[:] = self._bytes(size)
 
     def memset(self, value: int, size: int) -> None:
         self.memset_async(value, size)
@@ -191,9 +209,44 @@ def _address(mem: Any) -> int:
     raise TypeError(f"a host address is an int or a ctypes.c_void_p, got {type(mem).__name__}")
 
 
-def _work(does: Any, stream: Any = None) -> None:
+def _work(does: Any, stream: Any, touches: Any) -> None:
     from emulator.streams import work
-    work(does, stream)
+    work(does, stream, touches)
+
+
+def copy_to_host(to: np.ndarray[Any, Any], come: np.ndarray[Any, Any], owner: object = None) -> None:
+    """What the device does of a copy: the values arrive when the host has waited for the stream."""
+    stream, values = executing_stream(), come.copy()
+    if to.flags.c_contiguous and to.ndim:
+        to.view(np.uint8)[...] = POISON
+
+    def arrive(owner: object = owner) -> None:
+        np.copyto(to, values)
+
+    order.arrives(stream.ptr, stream._clock[stream.ptr], arrive)
+
+
+def copy_from_host(to: np.ndarray[Any, Any], come: np.ndarray[Any, Any], owner: object = None) -> None:
+    """A copy from memory that must stay as it is until the host has waited for the stream."""
+    stream, values = executing_stream(), come.copy()
+    np.copyto(to, values)
+
+    def check(owner: object = owner) -> None:
+        if not np.array_equal(come, values):
+            HARDWARE.damage.append(f"{values.nbytes} bytes of the host were written while a copy from them "
+                                   f"was under way")
+
+    order.arrives(stream.ptr, stream._clock[stream.ptr], check)
+
+
+def executing_stream() -> Any:
+    from emulator.streams import executing
+    return executing()
+
+
+def pinned_at(address: int) -> PinnedMemoryPointer | None:
+    """The page-locked memory that an address lies in."""
+    return next((p for p in list(_PINNED.values()) if p.ptr <= address < p.ptr + p.size()), None)
 
 
 def _sync(what: str) -> None:
@@ -206,6 +259,7 @@ class MemoryPool:
 
     def __init__(self, allocator: Any = None) -> None:
         self._free: dict[Any, dict[int, list[Memory]]] = {}
+        self._returned: deque[tuple[Memory, Any]] = deque()      # finalisers take no locks
         self._total = self._used = self._limit = 0
         self._lock = threading.RLock()
 
@@ -217,6 +271,7 @@ class MemoryPool:
         rounded = -(-size // ALIGN) * ALIGN
         arena = current_stream().ptr
         with self._lock:
+            self._take_back()
             free = self._free.setdefault(arena, {}).get(rounded)
             memory = free.pop() if free else self._grow(rounded)
             self._used += rounded
@@ -236,13 +291,16 @@ class MemoryPool:
         self._total += size
         return memory
 
-    def _take_back(self, memory: Memory, arena: Any) -> None:
+    def _take_back(self) -> None:
         with self._lock:
-            self._used -= memory.size
-            self._free.setdefault(arena, {}).setdefault(memory.size, []).append(memory)
+            while self._returned:
+                memory, arena = self._returned.popleft()
+                self._used -= memory.size
+                self._free.setdefault(arena, {}).setdefault(memory.size, []).append(memory)
 
     def free_all_blocks(self, stream: Any = None) -> None:
         with self._lock:
+            self._take_back()
             for arena in [stream.ptr] if stream is not None else list(self._free):
                 for blocks in self._free.pop(arena, {}).values():
                     self._total -= sum(b.size for b in blocks)
@@ -251,13 +309,15 @@ class MemoryPool:
         self.free_all_blocks()
 
     def n_free_blocks(self) -> int:
+        self._take_back()
         return sum(len(blocks) for sizes in self._free.values() for blocks in sizes.values())
 
     def used_bytes(self) -> int:
+        self._take_back()
         return self._used
 
     def free_bytes(self) -> int:
-        return self._total - self._used
+        return self._total - self.used_bytes()
 
     def total_bytes(self) -> int:
         return self._total
@@ -281,6 +341,9 @@ class MemoryPool:
         return self._limit
 
 
+_PINNED: weakref.WeakValueDictionary[int, PinnedMemoryPointer] = weakref.WeakValueDictionary()
+
+
 class PinnedMemoryPointer(bytearray):
     """Page-locked host memory; NumPy reads it as a buffer: np.frombuffer(pointer, dtype, count)."""
 
@@ -289,6 +352,7 @@ class PinnedMemoryPointer(bytearray):
         self._held = (ctypes.c_char * size).from_buffer(self)
         self.ptr = ctypes.addressof(self._held)
         self.mem = self
+        _PINNED[id(self)] = self
 
     def size(self) -> int:
         return len(self)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from emulator import memory, streams
 from emulator.array import LOCAL
+from emulator.order import READ, WRITE, span
 
 
 class Device:
@@ -39,7 +43,7 @@ class Device:
 
     def synchronize(self) -> None:
         streams.forbidden("Device.synchronize")
-        streams.synchronises("Device.synchronize")
+        streams.synchronises("Device.synchronize", streams.everything())
 
     @property
     def mem_info(self) -> tuple[int, int]:
@@ -74,12 +78,18 @@ def properties(device: int) -> dict[str, Any]:
 
 def memcpy_async(dst: int, src: int, size: int, kind: int, stream: int) -> None:
     to, come = memory.bytes_at(dst, size), memory.bytes_at(src, size)
-    streams.work(lambda: to.__setitem__(slice(None), come), _stream(stream))
+    target, source = memory.pinned_at(dst), memory.pinned_at(src)
+    copy: Any = np.copyto
+    if target is not None and source is None:
+        copy = partial(memory.copy_to_host, owner=target)
+    elif source is not None and target is None:
+        copy = partial(memory.copy_from_host, owner=source)
+    streams.work(lambda: copy(to, come), _stream(stream), [span(come, READ), span(to, WRITE)])
 
 
 def memset_async(ptr: int, value: int, size: int, stream: int) -> None:
     to = memory.bytes_at(ptr, size)
-    streams.work(lambda: to.fill(value), _stream(stream))
+    streams.work(lambda: to.fill(value), _stream(stream), [span(to, WRITE)])
 
 
 def _stream(ptr: int) -> streams.Stream:

@@ -12,10 +12,14 @@ import itertools
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from emulator import order
+
 Clock = dict[int, int]
+Touches = tuple[tuple[int, int, str], ...]
+Work = tuple[Callable[[], Any], Touches]
 
 
 class CUDARuntimeError(RuntimeError):
@@ -31,7 +35,7 @@ class Capture:
 
     def __init__(self, origin: Stream) -> None:
         self.origin = origin
-        self.work: list[Callable[[], Any]] = []
+        self.work: list[Work] = []
         self.streams: list[Stream] = [origin]
         self.spoiled = ""
 
@@ -58,12 +62,13 @@ class Event:
     def done(self) -> bool:
         if self._capture is not None:
             raise _spoil(self._capture, "an event recorded in a capture was asked whether it is done")
+        order.host_waited(self._clock)
         return True
 
     def synchronize(self) -> None:
         if self._capture is not None:
             raise _spoil(self._capture, "an event recorded in a capture was waited for by the host")
-        synchronises("Event.synchronize", anywhere=True)
+        synchronises("Event.synchronize", self._clock)
 
 
 def get_elapsed_time(start: Event, end: Event) -> float:
@@ -109,12 +114,13 @@ class Stream:
     def done(self) -> bool:
         if self._capture is not None:
             raise _spoil(self._capture, "Stream.done inside a capture")
+        order.host_waited(self._clock)
         return True
 
     def synchronize(self) -> None:
         if self._capture is not None:
             raise _spoil(self._capture, "Stream.synchronize inside a capture")
-        synchronises("Stream.synchronize", anywhere=True)
+        synchronises("Stream.synchronize", self._clock)
 
     def record(self, event: Event | None = None) -> Event:
         event = event if event is not None else Event()
@@ -166,7 +172,7 @@ class Stream:
 class Graph:
     """cupy.cuda.Graph: recorded work."""
 
-    def __init__(self, work: list[Callable[[], Any]]) -> None:
+    def __init__(self, work: list[Work]) -> None:
         self._work = work
         self.launches = 0
 
@@ -178,9 +184,11 @@ class Graph:
     def launch(self, stream: Stream | None = None) -> None:
         def launch() -> None:
             self.launches += 1
-            for does in self._work:
+            for does, touches in self._work:
+                order.touch(there.ptr, there._clock, touches)
                 does()
-        work(launch, stream)
+        there = stream if stream is not None else current_stream()
+        work(launch, there)
 
     def upload(self, stream: Stream | None = None) -> None:
         pass
@@ -229,12 +237,18 @@ def _spoil(capture: Capture, why: str) -> CUDARuntimeError:
     return CUDARuntimeError("cudaErrorStreamCaptureUnsupported", why)
 
 
-def synchronises(what: str, anywhere: bool = False) -> None:
-    """The host waits for the device here; raises inside a capture (`anywhere`: unless for other streams)."""
-    capture = current_stream()._capture
-    if capture is not None and not anywhere:
-        raise _spoil(capture, f"{what} inside a capture waits for the device")
+def synchronises(what: str, clock: Clock | None = None) -> None:
+    """The host waits for the work before `clock`; by default that of the current stream, if not captured."""
+    stream = current_stream()
+    if stream._capture is not None and clock is None:
+        raise _spoil(stream._capture, f"{what} inside a capture waits for the device")
     SYNCHRONISATIONS.seen.append(what)
+    order.host_waited(stream._clock if clock is None else clock)
+
+
+def everything() -> Clock:
+    """The clock of all work that was begun."""
+    return {stream.ptr: stream._clock.get(stream.ptr, 0) for stream in list(_handles.values())}
 
 
 def forbidden(what: str) -> None:
@@ -244,14 +258,40 @@ def forbidden(what: str) -> None:
         raise _spoil(capture, f"{what} is not allowed inside a capture")
 
 
-def work(does: Callable[[], Any], stream: Stream | None = None) -> None:
-    """Do a piece of device work on a stream (default: the current one), or record it in its capture."""
+def work(does: Callable[[], Any], stream: Stream | None = None, touches: Iterable[Any] = ()) -> None:
+    """Do a piece of device work on a stream (default: the current one), or record it in its capture.
+
+    `touches` are what order.span gives, of the memory that it reads and writes.
+    """
     stream = stream if stream is not None else current_stream()
     stream._clock[stream.ptr] = stream._clock.get(stream.ptr, 0) + 1
+    if not stream.is_non_blocking:
+        _meet_default(stream)
+    touched = tuple(touches)
+    order.touch(stream.ptr, stream._clock, touched)
     if stream._capture is not None:
-        stream._capture.work.append(does)
-    else:
+        stream._capture.work.append((does, touched))
+        return
+    before, _local.executing = getattr(_local, "executing", None), stream
+    try:
         does()
+    finally:
+        _local.executing = before
+
+
+def executing() -> Stream:
+    """The stream whose work is being done by this thread."""
+    found: Stream | None = getattr(_local, "executing", None)
+    return found if found is not None else current_stream()
+
+
+def _meet_default(stream: Stream) -> None:
+    """The default stream waits for blocking streams, and they for it."""
+    everywhere = list(_handles.values()) if stream.ptr == 0 else [Stream.null]
+    others = [s for s in everywhere if not s.is_non_blocking]
+    for other in others:
+        for ptr, n in list(other._clock.items()):
+            stream._clock[ptr] = max(n, stream._clock.get(ptr, 0))
 
 
 def by_handle(ptr: int) -> Stream:
