@@ -30,7 +30,7 @@ class GradScaler:
 
     The scale shrinks by `backoff_factor` after such a step, and grows by `growth_factor` after
     `growth_interval` steps in a row without one. Semantics of torch.amp.GradScaler. Nothing waits: whether a
-    step is taken, the workers decide (docs/decisions/0021-loss-scaling.md).
+    step is taken, the workers decide (docs/decisions/0024-loss-scaling.md).
     """
 
     def __init__(self, init_scale: float = 65536.0, growth_factor: float = 2.0, backoff_factor: float = 0.5,
