@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from emulator.memory import bytes_at
+from emulator.order import READ, WRITE
 from emulator.streams import current_stream, forbidden, work
 from meshtape.runtime.cuda import cublas
 from meshtape.runtime.cuda.cublas import CublasError
@@ -92,7 +93,11 @@ class Cublas:
                 found = scale * ((left.T if transa else left) @ (right.T if transb else right))
                 out[...] = found if keep == 0 else found + keep * out.astype(wide)
 
-        work(multiply)
+        last = max(0, count - 1)
+        work(multiply, touches=[
+            (a, extent(a_type, rows_a, cols_a, lda, last * stride_a), READ),
+            (b, extent(b_type, rows_b, cols_b, ldb, last * stride_b), READ),
+            (c, extent(c_type, m, n, ldc, last * stride_c), WRITE), (*workspace, WRITE)])
 
 
 def scale_type(compute: int, data: int) -> Any:
@@ -104,6 +109,11 @@ def scale_type(compute: int, data: int) -> Any:
 def scalar(address: int, dtype: Any) -> Any:
     """A number on the host."""
     return np.frombuffer(ctypes.string_at(address, dtype.itemsize), dtype)[0]
+
+
+def extent(data: int, rows: int, cols: int, ld: int, offset: int = 0) -> int:
+    """Bytes from the beginning of a column-major matrix to the end of one that lies `offset` behind it."""
+    return (offset + ld * (cols - 1) + rows) * DTYPES[data].itemsize if rows and cols else 0
 
 
 def matrix(address: int, data: int, rows: int, cols: int, ld: int, offset: int = 0) -> Any:

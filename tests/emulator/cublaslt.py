@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from emulator.cublas import DTYPES, matrix, scalar
+from emulator.cublas import DTYPES, extent, matrix, scalar
 from emulator.memory import bytes_at
+from emulator.order import READ, WRITE
 from emulator.streams import Stream, current_stream, forbidden, work
 from meshtape.runtime.cuda import lt as names
 
@@ -153,7 +155,23 @@ def matmul(light_handle: int, compute_desc: int, alpha: int, a: int, adesc: int,
         x, y = x.T if attributes[names.TRANSA] else x, y.T if attributes[names.TRANSB] else y
         z[...] = _finished(x @ y, y, attributes, out)
 
-    work(multiply)
+    sizes = [extent(of["type"], of["rows"], of["cols"], of["ld"]) for of in (left, right, out)]
+    work(multiply, touches=[(a, sizes[0], READ), (b, sizes[1], READ), (d, sizes[2], WRITE),
+                            (workspace, workspace_size_in_bytes, WRITE), *_beside(attributes, out)])
+
+
+def _beside(attributes: dict[int, int], out: dict[str, Any]) -> Iterator[tuple[int, int, str]]:
+    """What an epilogue reads and writes besides the matrices."""
+    epilogue, step = attributes[names.EPILOGUE], DTYPES[out["type"]].itemsize
+    length = out["cols"] if epilogue == names.BGRADB else out["rows"]
+    if epilogue & 4:
+        yield attributes[names.BIAS_POINTER], length * step, READ
+    elif epilogue in (names.BGRADB, names.DRELU_BGRAD, names.DGELU_BGRAD):
+        yield attributes[names.BIAS_POINTER], length * step, WRITE
+    bits = 1 if epilogue in (names.RELU_AUX_BIAS, names.DRELU, names.DRELU_BGRAD) else 8 * step
+    if epilogue & 128:
+        how = READ if epilogue in BACKWARD else WRITE
+        yield attributes[names.AUX_POINTER], attributes[names.AUX_LD] * out["cols"] * bits // 8, how
 
 
 def _finished(z: Any, y: Any, attributes: dict[int, int], out: dict[str, Any]) -> Any:
