@@ -85,7 +85,7 @@ class Sample:
 
 
 class DeviceKernel(NamedTuple):
-    """A kernel for CUDA devices, `run(device, *arrays, **attrs)`, where `supports(shapes, dtypes, attrs)` says
+    """A kernel for CUDA, `run(device, *arrays, **attrs)`, where `supports(shapes, dtypes, attrs)` says
     that it takes such arrays (shape and dtype are None for a Python scalar). `device` is a
     runtime.cuda.device.Device; attrs, `out`, and results are as for the plain kernel.
 
@@ -93,11 +93,16 @@ class DeviceKernel(NamedTuple):
     on the device, of float64 or int64, "h" as the Python scalar itself. Where fewer inputs are scalars than
     there are letters, the last letters are theirs. By default all are "h". A kernel that takes arrays need
     not be captured again when a number changes.
+
+    mixes: whether inputs of these dtypes (None for a scalar) go with results of these, where 16-bit floats
+    have taken the place of float32, or float32 theirs. `run` is then told by `result_dtypes`, and computes in
+    float32 as ever, so that casts before and after it need not be carried out.
     """
 
     run: Callable[..., Any]
     supports: Callable[[tuple[Any, ...], tuple[Any, ...], dict[str, Any]], bool]
     numbers: str = ""
+    mixes: Callable[[Sequence[Any], Sequence[Any]], bool] | None = None
 
 
 LinearSets = tuple[tuple[int, ...], ...]

@@ -10,6 +10,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from meshtape.runtime import moves
+from meshtape.runtime.cuda.casts import absorb_casts
 from meshtape.runtime.cuda.epilogues import epilogue_pattern
 from meshtape.runtime.cuda.fusion import fuse
 from meshtape.runtime.cuda.inputs import Inputs
@@ -123,7 +124,8 @@ def compile_program(program: Program, site: Site) -> Compiled:
     if site.fuse:
         if site.device.libraries.cublaslt is not None:
             placed, n_slots = epilogue_pattern(placed, types, frozenset(program.dead), n_slots)
-        placed = fuse(placed, types, frozenset((*program.dead, *range(program.n_slots, n_slots))))
+        gone = frozenset((*program.dead, *range(program.n_slots, n_slots)))
+        placed = fuse(absorb_casts(placed, types, gone), types, gone)
     placed, room = lend(placed)
     placed, n_slots = split_collectives(placed, n_slots, [step.call.beside for step in placed],
                                         lambda c, what: half(c, what, site))

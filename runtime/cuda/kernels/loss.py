@@ -21,9 +21,15 @@ BLOCKS_PER_MULTIPROCESSOR = 32
 FINISH = 1024       # threads that add up what blocks found
 
 CROSS_ENTROPY = source("cross_entropy", ROWS + STATISTICS + r'''
-// Writes the softmax of every row to p, the sum of a block's losses, and how many of its targets count.
+// Writes the softmax of every row (or, with LSE, the logarithm of its sum of exponentials), the sum of a
+// block's losses, and how many of its targets count.
+#if LSE
+typedef A Kept;
+#else
+typedef T Kept;
+#endif
 extern "C" __global__ void __launch_bounds__(THREADS)
-cross_entropy(const T* x, const I* target, T* p, A* totals, long long* counts, index_t rows, int width,
+cross_entropy(const T* x, const I* target, Kept* p, A* totals, long long* counts, index_t rows, int width,
               long long ignored, A smoothing) {
   __shared__ A room[32];
   __shared__ long long room_of_counts[32];
@@ -56,6 +62,9 @@ cross_entropy(const T* x, const I* target, T* p, A* totals, long long* counts, i
     sum = over_group(sum, room, A(0), Sum());
 #endif
     if (!there) return;
+#if LSE
+    if (lane_of_group() == 0) p[row] = s.top + log(s.total);
+#else
     const A scale = 1 / s.total;
     vectors(width, [&](int k, int c) {
       Vec<T, V> y;
@@ -69,6 +78,7 @@ cross_entropy(const T* x, const I* target, T* p, A* totals, long long* counts, i
 #endif
       write(p + row * width + c, y);
     });
+#endif
     const long long t = target[row];
     if (lane_of_group() == 0 && t != ignored) {
       const bool known = t >= 0 && t < width;
@@ -84,7 +94,9 @@ cross_entropy(const T* x, const I* target, T* p, A* totals, long long* counts, i
   count = block_sum(count, room_of_counts);
   if (threadIdx.x == 0) totals[blockIdx.x] = loss, counts[blockIdx.x] = count;
 }
-''', ("cross_entropy",), variants(HELD, {"I": "int64", "SMOOTH": "0"}, {"I": "int32", "SMOOTH": "1"}))
+''', ("cross_entropy",), variants(
+    HELD, {"I": "int64", "SMOOTH": "0", "LSE": "0"}, {"I": "int32", "SMOOTH": "1", "LSE": "1"},
+    {"I": "int64", "SMOOTH": "0", "LSE": "1"}))
 
 TOTAL = source("cross_entropy_total", r'''
 extern "C" __global__ void __launch_bounds__(1024)
@@ -101,9 +113,10 @@ cross_entropy_total(const A* totals, const long long* counts, A* total, A* count
 ''', ("cross_entropy_total",), ({"A": "float"}, {"A": "double"}))
 
 GRADIENT = source("cross_entropy_grad", ROWS + r'''
-// g * (p - q), with q the smoothed one-hot target; 0 where the target does not count.
+// g * (p - q), with q the smoothed one-hot target; 0 where the target does not count. With LSE, p are the
+// logits, of which `lse` is what cross_entropy found.
 extern "C" __global__ void __launch_bounds__(THREADS)
-cross_entropy_grad(const G* g, const T* p, const I* target, T* out, index_t rows, int width,
+cross_entropy_grad(const G* g, const T* p, const A* lse, const I* target, T* out, index_t rows, int width,
                    long long ignored, A smoothing) {
   each_row(rows, [&](index_t row, bool there) {
     if (!there) return;
@@ -111,12 +124,19 @@ cross_entropy_grad(const G* g, const T* p, const I* target, T* out, index_t rows
     const bool counts = t != ignored;
     const A scale = !counts ? A(0) : t >= 0 && t < width ? A(*g) : A(__int_as_float(0x7fc00000));
     const A others = smoothing / width * scale, own = (1 - smoothing) * scale;
+#if LSE
+    const A bottom = lse[row];
+#endif
     vectors(width, [&](int, int c) {
       const auto v = read(p + row * width + c);
       Vec<T, V> d;
 #pragma unroll
       for (int i = 0; i < V; ++i) {
+#if LSE
+        A value = exp(to_acc(v[i]) - bottom) * scale - others;
+#else
         A value = to_acc(v[i]) * scale - others;
+#endif
         if (c + i == t) value -= own;
         d[i] = T(value);
       }
@@ -124,7 +144,9 @@ cross_entropy_grad(const G* g, const T* p, const I* target, T* out, index_t rows
     });
   });
 }
-''', ("cross_entropy_grad",), variants(HELD, {"I": "int64", "G": "float"}, {"I": "int32", "G": "double"}))
+''', ("cross_entropy_grad",), variants(
+    HELD, {"I": "int64", "G": "float", "LSE": "0"}, {"I": "int32", "G": "double", "LSE": "1"},
+    {"I": "int64", "G": "float", "LSE": "1"}))
 
 # Classes lie between `inner` elements of the samples' other dimensions.
 NLL = source("nll", r'''
@@ -173,33 +195,56 @@ def _like(dev: Any, rows: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _cross_entropy(dev: Any, logits: Any, target: Any, ignore_index: int, label_smoothing: float) -> Any:
+    total, found, p = _loss(dev, logits, target, ignore_index, label_smoothing, lse=False)
+    return total, found, _like(dev, p, logits.shape)
+
+
+def cross_entropy_lse(dev: Any, logits: Any, target: Any, ignore_index: int, label_smoothing: float) -> Any:
+    """As the row cross_entropy, but the third result is log(sum(exp)) of every sample, in the dtype that the
+    first is in.
+    """
+    return _loss(dev, logits, target, ignore_index, label_smoothing, lse=True)
+
+
+def _loss(dev: Any, logits: Any, target: Any, ignore_index: int, label_smoothing: float, lse: bool) -> Any:
     cp, rows, targets = dev.cp, _class_rows(dev, logits), dev.cp.ascontiguousarray(target)
     count, width = rows.shape
     acc = wide(rows.dtype)
-    p = cp.empty(rows.shape, rows.dtype)
-    how = plan(width, rows.dtype, (rows, p), HELD)
+    p = cp.empty(count, acc) if lse else cp.empty(rows.shape, rows.dtype)
+    how = plan(width, rows.dtype, (rows,) if lse else (rows, p), HELD)
     blocks = dev.kernels.blocks_for(count, how.at_once, BLOCKS_PER_MULTIPROCESSOR)
     totals, counts = cp.empty(blocks, acc), cp.empty(blocks, np.int64)
     kernel = dev.kernels(CROSS_ENTROPY, "cross_entropy", **how.macros, I=ctype(targets.dtype),
-                         SMOOTH=int(label_smoothing != 0))
+                         SMOOTH=int(label_smoothing != 0), LSE=int(lse))
     kernel((blocks,), (how.threads,), (rows, targets, p, totals, counts, np.int64(count), np.int32(width),
                                        np.int64(ignore_index), acc.type(label_smoothing)))
     total, found = cp.empty((), acc), cp.empty((), acc)
     dev.kernels(TOTAL, "cross_entropy_total", A=ctype(acc))(
         (1,), (FINISH,), (totals, counts, total, found, np.int32(blocks)))
-    return total, found, _like(dev, p, logits.shape)
+    return total, found, p
 
 
 def _cross_entropy_grad(dev: Any, g: Any, p: Any, target: Any, ignore_index: int,
                         label_smoothing: float) -> Any:
+    return _loss_grad(dev, g, p, None, target, ignore_index, label_smoothing)
+
+
+def cross_entropy_grad_lse(dev: Any, g: Any, logits: Any, lse: Any, target: Any, ignore_index: int,
+                           label_smoothing: float) -> Any:
+    """As the row cross_entropy_grad, of the logits and what cross_entropy_lse found; in the logits' dtype."""
+    return _loss_grad(dev, g, logits, lse, target, ignore_index, label_smoothing)
+
+
+def _loss_grad(dev: Any, g: Any, p: Any, lse: Any, target: Any, ignore_index: int,
+               label_smoothing: float) -> Any:
     rows, targets = _class_rows(dev, p), dev.cp.ascontiguousarray(target)
     count, width = rows.shape
     out = dev.cp.empty(rows.shape, rows.dtype)
     how = plan(width, rows.dtype, (rows, out), HELD)
     kernel = dev.kernels(GRADIENT, "cross_entropy_grad", **how.macros, I=ctype(targets.dtype),
-                         G=ctype(g.dtype))
+                         G=ctype(g.dtype), LSE=int(lse is not None))
     kernel((min(LAST, -(-count // how.at_once)),), (how.threads,),
-           (g, rows, targets, out, np.int64(count), np.int32(width), np.int64(ignore_index),
+           (g, rows, lse, targets, out, np.int64(count), np.int32(width), np.int64(ignore_index),
             wide(rows.dtype).type(label_smoothing)))
     return _like(dev, out, p.shape)
 

@@ -19,6 +19,7 @@ from meshtape.runtime.cuda.kernels.rows import (
     equal_floats,
     floating,
     plan,
+    short,
     variants,
     wide,
 )
@@ -30,9 +31,20 @@ GRADIENT_THREADS = 512  # of a block, at most: they keep five times as many numb
 RESIDENT = 512          # threads of a multiprocessor that are enough to keep its memory busy
 LONG_THREADS = 256      # columns of a block that sums over rows which are not held
 
+
+
+def mixtures(found: tuple[dict[str, str], ...],
+             *mixed: tuple[str, dict[str, str]]) -> tuple[dict[str, str], ...]:
+    """Variants whose types are all T, and for each (T, types) one where they are not."""
+    same = {"G": "T", "W": "T", "O": "T"}
+    return (*({**macros, **same} for macros in found),
+            *({**found[0], **same, "T": t, "AFFINE": "1", **types} for t, types in mixed))
+
+
+# W and O are the types of weight and bias, and of the result.
 NORM = source("layer_norm", ROWS + r'''
 extern "C" __global__ void __launch_bounds__(THREADS)
-layer_norm(const T* x, const T* weight, const T* bias, T* out, A* means, A* rstds, index_t rows, int width,
+layer_norm(const T* x, const W* weight, const W* bias, O* out, A* means, A* rstds, index_t rows, int width,
            A eps) {
   __shared__ A room[ROOM];
   each_row(rows, [&](index_t row, bool there) {
@@ -69,7 +81,7 @@ layer_norm(const T* x, const T* weight, const T* bias, T* out, A* means, A* rstd
     const A rstd = 1 / sqrt(over_group(squares, room, A(0), Sum()) / width + eps);
     if (!there) return;
     vectors(width, [&](int k, int c) {
-      Vec<T, V> y;
+      Vec<O, V> y;
 #if !HELD
       const auto v = read(from + c);
 #endif
@@ -86,19 +98,22 @@ layer_norm(const T* x, const T* weight, const T* bias, T* out, A* means, A* rstd
 #if AFFINE
         value = value * to_acc(w[i]) + to_acc(b[i]);
 #endif
-        y[i] = T(value);
+        y[i] = O(value);
       }
       write(out + row * width + c, y);
     });
     if (lane_of_group() == 0) means[row] = mean, rstds[row] = rstd;
   });
 }
-''', ("layer_norm",), variants(HELD, {"AFFINE": "1"}, {"AFFINE": "0"}))
+''', ("layer_norm",), mixtures(
+    variants(HELD, {"AFFINE": "1"}, {"AFFINE": "0"}), ("float", {"W": "float", "O": "bfloat16"}),
+    ("bfloat16", {"W": "float", "O": "bfloat16"}), ("float16", {"W": "float", "O": "float"})))
 
+# G, W and O are the types of the upstream gradient, of the weight and of the result.
 # partial: (blocks, 2, width), each block's gradients of weight and bias; only of rows that are HELD.
 GRADIENT = source("layer_norm_grad", ROWS + r'''
 extern "C" __global__ void __launch_bounds__(THREADS)
-layer_norm_grad(const T* g, const T* x, const A* means, const A* rstds, const T* weight, T* dx, A* partial,
+layer_norm_grad(const G* g, const T* x, const A* means, const A* rstds, const W* weight, O* dx, A* partial,
                 index_t rows, int width) {
   __shared__ A room[2 * ROOM];
 #if HELD
@@ -116,7 +131,8 @@ layer_norm_grad(const T* g, const T* x, const A* means, const A* rstds, const T*
     const A mean = there ? means[row] : A(0), rstd = there ? rstds[row] : A(0);
     A sums[2] = {0, 0};
     if (there) vectors(width, [&](int k, int c) {
-      const auto gv = read(g + row * width + c), xv = read(x + row * width + c);
+      const auto gv = read(g + row * width + c);
+      const auto xv = read(x + row * width + c);
 #if AFFINE && !HELD
       const auto wv = read(weight + c);
 #endif
@@ -140,9 +156,10 @@ layer_norm_grad(const T* g, const T* x, const A* means, const A* rstds, const T*
     if (!there) return;
     const A of_g = sums[0] / width, of_gh = sums[1] / width;
     vectors(width, [&](int k, int c) {
-      Vec<T, V> d;
+      Vec<O, V> d;
 #if !HELD
-      const auto gv = read(g + row * width + c), xv = read(x + row * width + c);
+      const auto gv = read(g + row * width + c);
+      const auto xv = read(x + row * width + c);
 #if AFFINE
       const auto wv = read(weight + c);
 #endif
@@ -159,7 +176,7 @@ layer_norm_grad(const T* g, const T* x, const A* means, const A* rstds, const T*
         const A a = to_acc(gv[i]);
 #endif
 #endif
-        d[i] = T(rstd * (a - of_g - hat * of_gh));
+        d[i] = O(rstd * (a - of_g - hat * of_gh));
       }
       write(dx + row * width + c, d);
     });
@@ -192,13 +209,16 @@ layer_norm_grad(const T* g, const T* x, const A* means, const A* rstds, const T*
   }
 #endif
 }
-''', ("layer_norm_grad",), tuple({**macros, "AFFINE": affine} for affine in "01"
-                                 for macros in variants(HELD, most_threads=GRADIENT_THREADS)))
+''', ("layer_norm_grad",), mixtures(
+    tuple({**macros, "AFFINE": affine} for affine in "01"
+          for macros in variants(HELD, most_threads=GRADIENT_THREADS)),
+    ("float", {"G": "bfloat16", "W": "float", "O": "float"}),
+    ("bfloat16", {"G": "float", "W": "float", "O": "bfloat16"})))
 
 # partial: (parts, 2, width), for rows too long to be held: part p has the rows p, p + parts, ...
 AFFINE_GRADIENT = source("layer_norm_affine_grad", r'''
 extern "C" __global__ void __launch_bounds__(256)
-layer_norm_affine_grad(const T* g, const T* x, const acc_t<T>* means, const acc_t<T>* rstds,
+layer_norm_affine_grad(const G* g, const T* x, const acc_t<T>* means, const acc_t<T>* rstds,
                        acc_t<T>* partial, index_t rows, int width) {
   const int c = blockIdx.x * blockDim.x + threadIdx.x;
   if (c >= width) return;
@@ -210,46 +230,52 @@ layer_norm_affine_grad(const T* g, const T* x, const acc_t<T>* means, const acc_
   partial[2 * (index_t)blockIdx.y * width + c] = dweight;
   partial[(2 * (index_t)blockIdx.y + 1) * width + c] = dbias;
 }
-''', ("layer_norm_affine_grad",), ({"T": "float"}, {"T": "double"}, {"T": "float16"}, {"T": "bfloat16"}))
+''', ("layer_norm_affine_grad",), tuple(
+    {"T": t, "G": g} for t, g in (("float", "float"), ("double", "double"), ("float16", "float16"),
+                                  ("bfloat16", "bfloat16"), ("float", "bfloat16"))))
 
 
-def _normalized(dev: Any, x: Any, affine: Any, ndim: int, eps: float) -> Any:
+def _normalized(dev: Any, x: Any, affine: Any, ndim: int, eps: float, dtype: Any) -> Any:
     rows = as_rows(dev, x, ndim)
     count, width = rows.shape
     acc = wide(x.dtype)
-    out = dev.cp.empty(rows.shape, x.dtype)
+    out = dev.cp.empty(rows.shape, dtype)
     means, rstds = (dev.cp.empty(count, acc) for _ in range(2))
     weight, bias = affine
     how = plan(width, x.dtype, [a for a in (rows, out, weight, bias) if a is not None], HELD)
-    kernel = dev.kernels(NORM, "layer_norm", **how.macros, AFFINE=int(weight is not None))
+    kernel = dev.kernels(NORM, "layer_norm", **how.macros, AFFINE=int(weight is not None),
+                         W=ctype(x.dtype if weight is None else weight.dtype), O=ctype(dtype))
     kernel((min(LAST, -(-count // how.at_once)),), (how.threads,),
            (rows, weight, bias, out, means, rstds, np.int64(count), np.int32(width), acc.type(eps)))
     shape = x.shape[:x.ndim - ndim] + (1,) * ndim
     return out.reshape(x.shape), means.reshape(shape), rstds.reshape(shape)
 
 
-def _layer_norm(dev: Any, x: Any, weight: Any, bias: Any, ndim: int, eps: float) -> Any:
-    return _normalized(dev, x, [dev.cp.ascontiguousarray(a) for a in (weight, bias)], ndim, eps)
+def _layer_norm(dev: Any, x: Any, weight: Any, bias: Any, ndim: int, eps: float,
+                result_dtypes: Any = None) -> Any:
+    dtype = x.dtype if result_dtypes is None else result_dtypes[0]
+    return _normalized(dev, x, [dev.cp.ascontiguousarray(a) for a in (weight, bias)], ndim, eps, dtype)
 
 
 def _normalize(dev: Any, x: Any, ndim: int, eps: float) -> Any:
-    return _normalized(dev, x, (None, None), ndim, eps)
+    return _normalized(dev, x, (None, None), ndim, eps, x.dtype)
 
 
-def _gradient(dev: Any, g: Any, x: Any, means: Any, rstds: Any, weight: Any, ndim: int) -> Any:
+def _gradient(dev: Any, g: Any, x: Any, means: Any, rstds: Any, weight: Any, ndim: int, dtype: Any) -> Any:
     """(dx, gradients of weight and bias as (2, width), or None without weight)."""
     cp, upstream, rows = dev.cp, as_rows(dev, g, ndim), as_rows(dev, x, ndim)
     means, rstds = cp.ascontiguousarray(means), cp.ascontiguousarray(rstds)
     count, width = rows.shape
     acc, affine = wide(x.dtype), weight is not None
-    dx = cp.empty(rows.shape, x.dtype)
+    dx = cp.empty(rows.shape, dtype)
     how = plan(width, x.dtype, [a for a in (upstream, rows, dx, weight) if a is not None], HELD,
                GRADIENT_THREADS)
     blocks, partial = min(LAST, -(-count // how.at_once)), None
     if affine and how.macros["HELD"]:
         blocks = dev.kernels.blocks_for(count, how.at_once, max(1, RESIDENT // how.threads))
         partial = cp.empty((blocks, 2 * width), acc)
-    kernel = dev.kernels(GRADIENT, "layer_norm_grad", **how.macros, AFFINE=int(affine))
+    kernel = dev.kernels(GRADIENT, "layer_norm_grad", **how.macros, AFFINE=int(affine), G=ctype(g.dtype),
+                         W=ctype(weight.dtype if affine else x.dtype), O=ctype(dtype))
     kernel((blocks,), (how.threads,),
            (upstream, rows, means, rstds, weight, dx, partial, np.int64(count), np.int32(width)))
     if not affine:
@@ -258,20 +284,22 @@ def _gradient(dev: Any, g: Any, x: Any, means: Any, rstds: Any, weight: Any, ndi
         columns = -(-width // LONG_THREADS)
         parts = min(count, max(1, 4 * dev.kernels.multiprocessors // columns))
         partial = cp.empty((parts, 2 * width), acc)
-        dev.kernels(AFFINE_GRADIENT, "layer_norm_affine_grad", T=ctype(x.dtype))(
+        dev.kernels(AFFINE_GRADIENT, "layer_norm_affine_grad", T=ctype(x.dtype), G=ctype(g.dtype))(
             (columns, parts), (LONG_THREADS,),
             (upstream, rows, means, rstds, partial, np.int64(count), np.int32(width)))
-    return dx.reshape(x.shape), column_sums(dev, partial, x.dtype)
+    return dx.reshape(x.shape), column_sums(dev, partial, weight.dtype)
 
 
-def _layer_norm_grad(dev: Any, g: Any, x: Any, mean_: Any, rstd: Any, weight: Any, ndim: int) -> Any:
-    dx, both = _gradient(dev, g, x, mean_, rstd, dev.cp.ascontiguousarray(weight), ndim)
+def _layer_norm_grad(dev: Any, g: Any, x: Any, mean_: Any, rstd: Any, weight: Any, ndim: int,
+                     result_dtypes: Any = None) -> Any:
+    dtype = x.dtype if result_dtypes is None else result_dtypes[0]
+    dx, both = _gradient(dev, g, x, mean_, rstd, dev.cp.ascontiguousarray(weight), ndim, dtype)
     dweight, dbias = both.reshape(2, *weight.shape)
     return dx, dweight, dbias
 
 
 def _normalize_grad(dev: Any, g: Any, x: Any, mean_: Any, rstd: Any, ndim: int) -> Any:
-    return _gradient(dev, g, x, mean_, rstd, None, ndim)[0]
+    return _gradient(dev, g, x, mean_, rstd, None, ndim, x.dtype)[0]
 
 
 def _fits(shape: Any, attrs: Any) -> bool:
@@ -289,7 +317,18 @@ def _backward_fits(shapes: Any, given: Any, attrs: Any) -> bool:
             and all(d.name == wide(given[0]).name for d in given[2:4]) and _fits(shapes[1], attrs))
 
 
-layer_norm = DeviceKernel(_layer_norm, _forward_fits)
+def _forward_mixes(given: Any, results: Any) -> bool:
+    x, weight, bias = given
+    return short(x, weight, bias, *results) and weight == bias and all(r.itemsize == 4 for r in results[1:])
+
+
+def _backward_mixes(given: Any, results: Any) -> bool:
+    _, _, mean_, rstd, weight = given
+    return (short(*given, *results) and mean_.itemsize == rstd.itemsize == 4
+            and results[1] == results[2] == weight)
+
+
+layer_norm = DeviceKernel(_layer_norm, _forward_fits, mixes=_forward_mixes)
 normalize = DeviceKernel(_normalize, _forward_fits)
-layer_norm_grad = DeviceKernel(_layer_norm_grad, _backward_fits)
+layer_norm_grad = DeviceKernel(_layer_norm_grad, _backward_fits, mixes=_backward_mixes)
 normalize_grad = DeviceKernel(_normalize_grad, _backward_fits)

@@ -18,9 +18,33 @@ BLOCK = 128             # threads of a block whose rows belong to a warp or less
 MOST = 1024             # threads of a block; of float64 half as many, and half as many elements in each
 LAST = 2**31 - 1        # blocks of a grid
 
-# Macros: T, V, GROUP, PER, HELD, ALIGNED. `A` is what T is computed in.
-ROWS = r'''
+# Macros: T, V, ALIGNED. `A` is what T is computed in.
+ACCESS = r'''
 typedef acc_t<T> A;
+
+// V elements, in one access if rows are ALIGNED. Which thread has which elements does not depend on it.
+template <class E_> __device__ __forceinline__ Vec<E_, V> read(const E_* p) {
+#if ALIGNED
+  return load<V>(p);
+#else
+  Vec<E_, V> x;
+#pragma unroll
+  for (int i = 0; i < V; ++i) x[i] = p[i];
+  return x;
+#endif
+}
+template <class E_> __device__ __forceinline__ void write(E_* p, const Vec<E_, V>& x) {
+#if ALIGNED
+  store(p, x);
+#else
+#pragma unroll
+  for (int i = 0; i < V; ++i) p[i] = x[i];
+#endif
+}
+'''
+
+# Macros: those, GROUP, PER, HELD.
+ROWS = ACCESS + r'''
 constexpr int THREADS = GROUP > 32 ? GROUP : 128;
 constexpr int AT_ONCE = THREADS / GROUP;            // rows of a block
 [[maybe_unused]] constexpr int ROOM = GROUP > 32 ? 32 : 1;     // shared memory of a reduction over a group
@@ -43,26 +67,6 @@ template <class F> __device__ __forceinline__ A over_group(A x, A* room, A neutr
 __device__ __forceinline__ int lane_of_group() { return threadIdx.x % GROUP; }
 // The column of this thread's vector k.
 __device__ __forceinline__ int column(int k) { return (k * GROUP + lane_of_group()) * V; }
-
-// V elements, in one access if rows are ALIGNED. Which thread has which elements does not depend on it.
-__device__ __forceinline__ Vec<T, V> read(const T* p) {
-#if ALIGNED
-  return load<V>(p);
-#else
-  Vec<T, V> x;
-#pragma unroll
-  for (int i = 0; i < V; ++i) x[i] = p[i];
-  return x;
-#endif
-}
-__device__ __forceinline__ void write(T* p, const Vec<T, V>& x) {
-#if ALIGNED
-  store(p, x);
-#else
-#pragma unroll
-  for (int i = 0; i < V; ++i) p[i] = x[i];
-#endif
-}
 
 // f(k, column) for every vector of this thread in a row of so many columns; k counts to PER if HELD.
 template <class F> __device__ __forceinline__ void vectors(int width, F f) {
@@ -95,9 +99,9 @@ class Plan(NamedTuple):
 
 def plan(width: int, dtype: Any, arrays: Sequence[Any], held: int, most_threads: int = MOST) -> Plan:
     """For rows of `width` > 0 elements of `dtype`, of which a thread keeps at most `held`; `arrays` are
-    matrices of such rows, or vectors along them.
+    matrices of such rows, or vectors along them, perhaps of wider dtypes.
     """
-    v, double = 16 // dtype.itemsize, dtype.itemsize // 8 + 1
+    v, double = 16 // max(a.dtype.itemsize for a in arrays), dtype.itemsize // 8 + 1
     v = v if width % v == 0 else 1
     vectors, most, threads = -(-width // v), max(1, held // double // v), most_threads // double
     if vectors <= 32 * most:
@@ -130,6 +134,11 @@ def wide(dtype: Any) -> Any:
 def floating(*given: Any) -> bool:
     """Whether all dtypes are floating; None, of a Python scalar, is not (and equals float64)."""
     return all(d is not None and d.name in FLOATS for d in given)
+
+
+def short(*given: Any) -> bool:
+    """Whether all dtypes are floating and computed in float32."""
+    return floating(*given) and all(d.itemsize <= 4 for d in given)
 
 
 def equal_floats(shapes: Sequence[Any], given: Sequence[Any], attrs: Any = None) -> bool:
