@@ -114,8 +114,8 @@ class Replay:
                 self._plainly(code, blocks, ids, scalars, feeds)
                 return
             self._capture(code, blocks, ids, scalars, feeds, arrays)
-        if self.captured is not None and self._move_out(blocks, ids):
-            self._launch(blocks, ids, arrays)
+        if self.captured is not None and self._move_out(blocks, ids) and self._bring(arrays):
+            self._launch(blocks, ids)
         else:
             self.drop()
             self._plainly(code, blocks, ids, scalars, feeds)
@@ -177,12 +177,27 @@ class Replay:
     def _due(self, spots: tuple[Spot, ...], numbers: tuple[str, ...]) -> bool:
         return self._runs + 1 >= RUNS_BEFORE and numbers == self._numbers
 
-    def _launch(self, blocks: dict[int, Any], ids: Sequence[int], arrays: Sequence[Any]) -> None:
+    def _bring(self, arrays: Sequence[Any]) -> bool:
+        """Copy arrays to where the graph reads them; False if there is no memory for it."""
         made = self.captured
         assert made is not None
-        for k, buffer in made.buffers.items():
-            if arrays[k].data.ptr != buffer.data.ptr:
-                buffer[...] = arrays[k]
+        given = {k: arrays[k] for k, place in made.buffers.items() if arrays[k].data.ptr != place.data.ptr}
+        # A program that writes its results over each other's operands leaves them in each other's places.
+        places = {made.buffers[k].data.ptr for k in given}
+        crossed = [k for k, array in given.items() if array.data.ptr in places]
+        room = self._room([given[k] for k in crossed])
+        if room is None:
+            return False
+        for k, held in zip(crossed, room, strict=True):
+            held[...] = given[k]
+            given[k] = held
+        for k, array in given.items():
+            made.buffers[k][...] = array
+        return True
+
+    def _launch(self, blocks: dict[int, Any], ids: Sequence[int]) -> None:
+        made = self.captured
+        assert made is not None
         made.graph.launch(self.device.stream)
         for slot in self.program.taken:
             blocks.pop(ids[slot], None)

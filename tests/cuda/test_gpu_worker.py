@@ -120,6 +120,22 @@ def test_blocks_that_move_are_copied_to_where_a_graph_reads_them(use: Any) -> No
     assert mt.stats()["graphs"][0]["replays"] >= 2
 
 
+def test_blocks_that_take_each_others_places_keep_their_values(use: Any) -> None:
+    def run() -> list[np.ndarray]:
+        a, b = (mt.tensor(np.linspace(k, 3, 12, dtype=np.float32).reshape(3, 4)) for k in range(2))
+        for _ in range(9):
+            a, b = b * 0.75, a + 1.0        # each written over its operand, so that they change places
+            mt.flush()
+        return [a.numpy(), b.numpy()]
+
+    use(graphs=False)
+    wanted = run()
+    use()
+    for got, want in zip(run(), wanted, strict=True):
+        np.testing.assert_array_equal(got, want)
+    assert mt.stats()["graphs"][0]["replays"] >= 4
+
+
 def test_what_waits_for_the_device_is_not_captured(use: Any) -> None:
     use()
     x = mt.tensor(np.array([3.0, 0.0, 2.0, 0.0], np.float32))
