@@ -9,6 +9,7 @@ import emulator
 import ml_dtypes
 import numpy as np
 import pytest
+from emulator.order import RaceError
 from emulator.streams import CUDARuntimeError
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -290,3 +291,73 @@ def test_copies_to_and_from_pinned_memory(cp: Any, x: Any) -> None:
 
 def test_dlpack_shares_memory(cp: Any, x: Any) -> None:
     assert cp.from_dlpack(x).data.ptr == x.data.ptr
+
+
+# --- waits that are forgotten -------------------------------------------------------------------------------
+
+ADD = 'extern "C" __global__ void add(const float* x, float* y) { y[threadIdx.x] += x[threadIdx.x]; }'
+
+
+@pytest.mark.parametrize("touch", [
+    lambda cp, x: x.fill(0), lambda cp, x: cp.add(x, 1, out=x), lambda cp, x: x.__setitem__(0, 1),
+    lambda cp, x: cp.RawModule(code=ADD).get_function("add")((1,), (4,), (cp.zeros(4, "float32"), x)),
+    lambda cp, x: x.data.memset_async(0, 4)])
+def test_streams_that_share_memory_need_an_event(cp: Any, x: Any, touch: Any) -> None:
+    first, second = cp.cuda.get_current_stream(), cp.cuda.Stream(non_blocking=True)
+    x += 1
+    with second, pytest.raises(RaceError):
+        touch(cp, x)
+    second.wait_event(first.record())
+    with second:
+        touch(cp, x)
+    with pytest.raises(RaceError):
+        x.sum()
+    second.synchronize()
+    x.sum()
+
+
+def test_streams_may_read_the_same_memory(cp: Any, x: Any) -> None:
+    cp.cuda.get_current_stream().synchronize()
+    add = cp.RawModule(code=ADD).get_function("add")
+    x.sum()
+    with cp.cuda.Stream(non_blocking=True):
+        x.sum()
+        add((1,), (4,), (x, cp.zeros(4, "float32")))
+
+
+def test_memory_that_another_stream_still_uses_must_not_be_freed(cp: Any, x: Any) -> None:
+    y = x * 2
+    other = cp.cuda.Stream(non_blocking=True)
+    other.wait_event(cp.cuda.get_current_stream().record())
+    with other:
+        y.sum()
+    del y
+    with pytest.raises(RaceError):
+        x * 3
+
+
+def test_replays_touch_what_was_recorded(cp: Any, x: Any) -> None:
+    out = cp.empty_like(x)
+    graph = capture(cp.cuda.get_current_stream(), lambda: cp.add(x, 1, out=out))
+    other = cp.cuda.Stream(non_blocking=True)
+    with pytest.raises(RaceError):
+        graph.launch(other)
+    cp.cuda.get_current_stream().synchronize()
+    graph.launch(other)
+    with pytest.raises(RaceError):
+        out.get()
+
+
+def test_copies_arrive_on_the_host_when_it_has_waited(cp: Any, x: Any) -> None:
+    stream, pinned = cp.cuda.get_current_stream(), cp.cuda.alloc_pinned_memory(x.nbytes)
+    host = np.frombuffer(pinned, np.float32, x.size)
+    x.data.copy_to_host_async(pinned.ptr, x.nbytes)
+    event = stream.record()
+    assert np.isnan(host).all()
+    event.synchronize()
+    assert host[5] == 5
+    x.data.copy_from_host_async(pinned.ptr, x.nbytes)
+    host[:] = 9
+    stream.synchronize()
+    with pytest.raises(AssertionError, match="under way"):
+        emulator.check()

@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from emulator.array import ndarray
+from emulator.order import READ, UNKNOWN, WRITE, span
 from emulator.streams import work
 
 HEADER = Path(__file__).with_name("cuda_cpu.h")
@@ -174,7 +176,15 @@ class Function:
         values = [marshalled(x, *p, f"{self.__name__}, argument {i}")
                   for i, (x, p) in enumerate(zip(args, self.parameters, strict=True))]
 
-        work(lambda: self._run(dims, shared_mem, values), stream)
+        work(lambda: self._run(dims, shared_mem, values), stream, self._touches(args))
+
+    def _touches(self, args: tuple[Any, ...]) -> list[tuple[int, int, str]]:
+        """Arrays behind const pointers are read, others are written to."""
+        found = re.search(rf"\b{self.__name__}\s*\(([^)]*)\)", self.module.code)
+        texts = found[1].split(",") if found is not None else []
+        known = len(texts) == len(args)
+        return [span(x._a, (READ if "const" in texts[i].split("*")[0] else WRITE) if known else UNKNOWN)
+                for i, x in enumerate(args) if isinstance(x, ndarray)]
 
     def _dims(self, grid: Any, block: Any) -> tuple[int, ...]:
         """Grid and block as CuPy takes them: tuples, where 0 is raised to 1."""

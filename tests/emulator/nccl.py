@@ -19,6 +19,7 @@ from ml_dtypes import bfloat16
 
 from emulator import streams
 from emulator.memory import bytes_at
+from emulator.order import READ, WRITE, span
 from meshtape.runtime.collectives.reduction import reduce_into
 
 available = True
@@ -217,7 +218,9 @@ def _begin(calls: list[tuple[NcclCommunicator, int, Call]]) -> None:
         current = streams.current_stream()
         assert current.ptr == stream, "NCCL's work belongs on the current stream"
         world, rank = comm._use()
-        streams.work(lambda world=world, rank=rank, group=group: world.run(rank, group), current)
+        touches = [span(memory, how) for call in group
+                   for memory, how in ((call.source, READ), (call.target, WRITE)) if memory is not None]
+        streams.work(lambda world=world, rank=rank, group=group: world.run(rank, group), current, touches)
 
 
 class NcclCommunicator:
