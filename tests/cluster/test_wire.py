@@ -13,7 +13,7 @@ from meshtape.runtime.protocol import Failure, Fetch, Instr, Program, Reply, Run
 
 TYPE = TensorType((4, 6), "float32", (0, -1, "sum"))
 PROGRAM = Program((Instr("sum", ((0, 1), False, None, 1.5, "x"), (TYPE, None), (TYPE,)),),
-                  ((0, (0, -1), (1,)),), 2, (1,))
+                  ((0, (0, -1), (1,)),), 2, (1,), "high")
 RUN = Run(3, b"\x00digest", [1, 2**40], [0.5, True, 3, 2**70, 1 + 2j, math.inf], [], [Fetch(9, TYPE)], [7],
           [b"old"], PROGRAM)
 
