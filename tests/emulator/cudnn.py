@@ -17,6 +17,7 @@ import numpy as np
 from ml_dtypes import bfloat16
 from numpy.lib.stride_tricks import as_strided
 
+from emulator.order import READ, WRITE
 from emulator.streams import by_handle, forbidden, work
 
 MADE: list[Any] = []
@@ -62,7 +63,7 @@ def get_stream(handle: Handle) -> int | None:
 class Tensor:
     def __init__(self, graph: pygraph, dim: Any, stride: Any, kind: Any, uid: int, virtual: bool) -> None:
         self.graph, self.dim, self.stride, self.data_type = graph, dim, stride, kind
-        self.uid, self.is_virtual = uid, virtual
+        self.uid, self.is_virtual, self.written = uid, virtual, virtual
 
     def _set(self, name: str, value: Any) -> Tensor:
         if self.graph.planned:
@@ -235,7 +236,14 @@ class pygraph:
                 operation(values)
             if size and workspace:
                 (ctypes.c_char * size).from_address(workspace)[:] = b"\0" * size
-        work(does, by_handle(handle.stream))  # type: ignore[arg-type]
+        touches = [(tensor_dict[t.uid], nbytes(t), WRITE if t.written else READ) for t in here]
+        touches.append((workspace or 0, size if workspace else 0, WRITE))
+        work(does, by_handle(handle.stream), touches)  # type: ignore[arg-type]
+
+
+def nbytes(t: Tensor) -> int:
+    """From a tensor's first to its last element."""
+    return (1 + sum((n - 1) * s for n, s in zip(t.dim, t.stride, strict=True))) * DTYPES[t.data_type].itemsize
 
 
 def array_at(address: int, t: Tensor) -> Any:
@@ -243,8 +251,7 @@ def array_at(address: int, t: Tensor) -> Any:
     dtype = DTYPES[t.data_type]
     if address % 16:
         raise RuntimeError(f"CUDNN_STATUS_BAD_PARAM: address {address:#x} is no multiple of 16")
-    count = 1 + sum((n - 1) * s for n, s in zip(t.dim, t.stride, strict=True))
-    raw = (ctypes.c_char * (count * dtype.itemsize)).from_address(address)
+    raw = (ctypes.c_char * nbytes(t)).from_address(address)
     return as_strided(np.frombuffer(raw, dtype), t.dim, [s * dtype.itemsize for s in t.stride])
 
 
