@@ -15,6 +15,7 @@ import numpy as np
 import meshtape.runtime.ops  # noqa: F401  fills the op table
 from meshtape.runtime.codegen import Code, failed_step, generate
 from meshtape.runtime.cuda.beside import Beside
+from meshtape.runtime.cuda.fusion import Fused
 from meshtape.runtime.cuda.graphs import GraphCounts, Replay, note_lent
 from meshtape.runtime.errors import CommError
 from meshtape.runtime.memory import keep_pages
@@ -277,6 +278,19 @@ class Worker:
                                  for a, t in zip(args, step.call.meets, strict=True)])
         for slot in step.outs:
             slots[slot] = poison
+        if step.call.kind == "fused" and len(step.outs) > 1 and isinstance(step.call.function, Fused):
+            self._unspoiled(step, args, slots)
+
+    def _unspoiled(self, step: Step, args: list[Any], slots: list[Any]) -> None:
+        """Results of a fused chain that do not depend on what is poisoned."""
+        chain = step.call.function.chain  # type: ignore[attr-defined]
+        bad = {i for i, a in enumerate(args) if type(a) is Poison}
+        good = [k for k, needed in enumerate(chain.needs()) if not bad.intersection(needed)]
+        if good:
+            given = [self.site.xp.zeros(*chain.arrays[i]) if i in bad else a for i, a in enumerate(args)]
+            made = self._apply(step, given, slots)
+            for k in good:
+                slots[step.outs[k]] = made[k]
 
     def _fetched(self, fetch: Fetch) -> Any:
         if not is_owner(fetch.type.placements, self.site.coord):

@@ -185,7 +185,7 @@ def _mixes(step: Placed | None) -> Any:
 
 
 def _is_cast(step: Placed) -> bool:
-    return step.call.name == "astype" and step.call.kind == "op"
+    return bool(step.call.name == "astype" and step.call.kind == "op")
 
 
 def _short(dtype: Any) -> bool:
