@@ -100,8 +100,8 @@ def test_kernel_writes_over_the_inputs_it_names(op: Op, device: Any) -> None:
         same(got, run_whole(case), case.out_dtypes, op.name)
 
 
-# Rows whose plain kernels wait for the device: CuPy sorts by Thrust, which waits for its stream; a step that is
-# a tensor is read. Such a row can be part of a CUDA graph only by a kernel of its own.
+# Rows whose plain kernels wait for the device: CuPy sorts by Thrust, which waits for its stream; a step that
+# is a tensor is read. Such a row can be part of a CUDA graph only by a kernel of its own.
 WAITING = ("sort", "argsort", "topk", "random_permutation", "sgd_update", "adam_update")
 CAPTURED = [op for op in TABLE.values() if op.name not in WAITING]
 

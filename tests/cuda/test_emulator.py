@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import emulator
-import ml_dtypes
 import numpy as np
 import pytest
+
+pytest.importorskip("cupy", reason="the emulation of a GPU asks an installed CuPy for its signatures")
+
+import emulator
+import ml_dtypes
 from emulator.order import RaceError
 from emulator.streams import CUDARuntimeError
 

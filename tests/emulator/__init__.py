@@ -2,7 +2,20 @@
 
 libraries()   the libraries of one emulated device, for runtime.cuda.device.Device
 device()      a Device on them
-work(f)       do a piece of device work, or record it in the capture of the current stream
+work(f, stream, touches)   do a piece of device work, or record it in the capture of its stream
+check()       raise if something was written outside of an allocation, or to memory that was being copied from
+SYNCHRONISATIONS   what made the host wait, in order
+
+The installed CuPy is asked for names, signatures and the loops of its ufuncs and reductions; arithmetic is
+NumPy's. Where it differs from the real one:
+* Work is done at once. order.RaceError stands for what a forgotten wait would do, for memory that arrays,
+  copies, kernels' pointers and libraries' operands name; pointers in tables that kernels read are not seen.
+* A graph is a list of work in the order of recording; it keeps the memory that it names alive.
+* Pools reuse blocks of exactly one size (CuPy's splits larger ones); there is one device; peers and IPC lack.
+* argmax, mean, var and sorts refuse bfloat16; some of CuPy's may take it in float32.
+* Sums are in NumPy's order; 16-bit floats are summed in float32, as CuPy does, but rounded once.
+* Views that NumPy makes read-only (broadcast_to, diagonal) are read-only, which CuPy's are not.
+* There is no cupy.random, fft, linalg, ElementwiseKernel, RawKernel, or fuse.
 """
 
 from __future__ import annotations
