@@ -1,4 +1,4 @@
-"""Training with autocast, scaled losses and 16-bit parameters takes the steps on a device that it takes on a CPU.
+"""Training with autocast, scaled losses and 16-bit parameters takes the same steps on a device as on a CPU.
 """
 
 from __future__ import annotations
