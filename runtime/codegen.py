@@ -88,6 +88,13 @@ def _call(at: int, step: Step, scope: dict[str, Any], convert: bool) -> list[str
     return text
 
 
+def ran(trace: TracebackType | None) -> bool:
+    """Whether an exception comes from a generated function."""
+    while trace is not None and trace.tb_frame.f_code.co_filename != NAME:
+        trace = trace.tb_next
+    return trace is not None
+
+
 def failed_step(code: Code, trace: TracebackType | None) -> tuple[int, dict[int, Any]]:
     """The step at which a generated function stopped, and the slots that hold values there."""
     while trace is not None and trace.tb_frame.f_code.co_filename != NAME:

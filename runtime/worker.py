@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 import meshtape.runtime.ops  # noqa: F401  fills the op table
-from meshtape.runtime.codegen import Code, failed_step, generate
+from meshtape.runtime.codegen import Code, failed_step, generate, ran
 from meshtape.runtime.cuda.beside import Beside
 from meshtape.runtime.cuda.fusion import Fused
 from meshtape.runtime.cuda.graphs import GraphCounts, Replay, note_lent
@@ -97,17 +97,31 @@ class Worker:
         for digest in run.drop:
             self._drop(digest)
         if run.program is not None:
-            self.programs[run.digest] = Body(compile_program(run.program, self.site))
+            body = self.programs[run.digest] = Body(compile_program(run.program, self.site))
+            if self.graphs is not None:
+                body.replay = self.graphs.add(self.device, body.program, self.site.communicators)
             self._note("compile", began, "compile")
         failures: list[Failure] = []
         if run.digest:
             self._execute(self.programs[run.digest], run, failures)
-        values = [self._fetched(f) for f in run.fetch]
+        values = self._values(run, failures)
         peak = getrusage(RUSAGE_SELF).ru_maxrss << 10 if self.device is None else self.device.peak()
         traffic = tuple((c.calls, c.bytes_sent) for c in self.site.communicators)
         return Reply(self.rank, run.batch, failures, values, peak,
                      (began, perf_counter_ns() if run.trace else 0), self.spans or (), traffic,
                      () if self.graphs is None else self.graphs.report())
+
+    def _values(self, run: Run, failures: list[Failure]) -> list[Any]:
+        """The fetched slices; None for all if a collective that they may come from has failed."""
+        values = [self._fetched(f) for f in run.fetch]
+        if self.device is not None and any(value is not None for value in values):
+            try:
+                for comm in self.site.communicators:
+                    comm.check()
+            except CommError as error:
+                failures.append(Failure(run.batch, 0, self.rank, "CommError", str(error)))
+                return [None] * len(values)
+        return values
 
     def _note(self, name: str, start: int, kind: str = "kernel", sent: int = 0) -> None:
         """In a traced batch: something that began at `start` is done."""
@@ -145,12 +159,12 @@ class Worker:
 
     def _perform(self, body: Body, run: Run, failures: list[Failure]) -> None:
         if body.code is None or self.poisoned or run.trace:
+            if run.program is None and not self._stands_aside(body, run, failures):
+                return
             slots = self._bind(body.program, run)
             self._interpret(body, run, slots, 0, iter(run.feeds), failures)
             if self.generate and body.code is None and not failures and not run.trace:
                 body.code = generate(body.program, self.site.xp, body.convert, self.device)
-                if self.graphs is not None:
-                    body.replay = self.graphs.add(self.device, body.program, self.site.communicators)
             return
         try:
             if body.replay is not None:
@@ -159,7 +173,33 @@ class Worker:
                 body.code.run(self.blocks, run.ids, run.scalars, run.feeds)
         except Exception as error:
             # Whatever a kernel raises is the user's to see, at the driver, as a value.
-            self._resume(body, run, error, failures)
+            if ran(error.__traceback__):
+                self._resume(body, run, error, failures)
+            elif isinstance(error, CommError):
+                self._spoil(body, run, error, failures)
+            else:
+                raise
+
+    def _stands_aside(self, body: Body, run: Run, failures: list[Failure]) -> bool:
+        """Tell the other ranks that this one runs step by step; False if they are not there any more."""
+        try:
+            if body.replay is not None:
+                body.replay.stand_aside()
+        except CommError as error:
+            self._spoil(body, run, error, failures)
+            return False
+        return True
+
+    def _spoil(self, body: Body, run: Run, error: CommError, failures: list[Failure]) -> None:
+        """Nothing of a program could be run, since the other ranks do not answer."""
+        failure = Failure(run.batch, body.program.steps[0].origin, self.rank, "CommError", str(error))
+        failures.append(failure)
+        for slot in body.program.taken:
+            if type(self.blocks.pop(run.ids[slot], None)) is Poison:
+                self.poisoned -= 1
+        for slot in body.program.kept:
+            self.blocks[run.ids[slot]] = Poison(failure)
+            self.poisoned += 1
 
     def _resume(self, body: Body, run: Run, error: Exception, failures: list[Failure]) -> None:
         """Carry on after a step of a generated function failed. Without memory it is tried once more."""
@@ -245,6 +285,8 @@ class Worker:
             if not self._out_of_memory(error):
                 raise
         device: Any = self.device
+        if self.graphs is not None:
+            self.graphs.drop()
         device.give_back()
         try:
             return call.function(*args, **call.attrs)

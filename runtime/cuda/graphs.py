@@ -29,8 +29,8 @@ CAPTURES = 4
 RUNS_BEFORE = 2
 
 
-class CaptureError(RuntimeError):
-    """Something was asked for that a CUDA graph cannot do."""
+# What a rank would do with a program; all do the least of it.
+STEP, CAPTURE, LAUNCH = range(3)
 
 
 class Spot(NamedTuple):
@@ -74,6 +74,7 @@ class Captured(NamedTuple):
     kept: tuple[tuple[int, Any], ...]       # (slot, array)
     own: frozenset[int]                     # slots of those that stand in the graph's memory
     foreign: tuple[tuple[int, Any], ...]    # (slot, replay in whose graph's memory it stands) of others
+    traffic: tuple[tuple[int, int], ...]    # (calls, bytes sent) by every communicator in it
 
 
 class Replay:
@@ -82,13 +83,15 @@ class Replay:
     `owners` are the replays of all programs by the addresses of results in their graphs' memory.
     """
 
-    def __init__(self, device: Any, program: Any, capturable: Sequence[bool],
+    def __init__(self, device: Any, program: Any, communicators: Sequence[Any],
                  owners: dict[int, Replay]) -> None:
         self.device = device
         self.owners = owners
         self.lent: list[int] = []           # ids of blocks that may stand in the graph's memory
         self.program = program
-        self.reason = refusal(program.steps, capturable)
+        self.reason = refusal(program.steps, [c.size == 1 or c.capturable for c in communicators])
+        collective = any(step.call.kind in ("collective", "start") for step in program.steps)
+        self.joined = [c for c in communicators if collective and c.size > 1 and not self.reason]
         self.replays = 0
         self.captured: Captured | None = None
         self._captures = self._changes = 0
@@ -99,26 +102,58 @@ class Replay:
 
     def run(self, code: Callable[..., None], blocks: dict[int, Any], ids: Sequence[int],
             scalars: Sequence[Any], feeds: Sequence[Any]) -> None:
-        """Do what `code(blocks, ids, scalars, feeds)` does, by the graph where there is one."""
-        if self.reason:
-            self._plainly(code, blocks, ids, scalars, feeds)
-            return
+        """Do what `code(blocks, ids, scalars, feeds)` does, by the graph where there is one.
+
+        Raises CommError if other ranks cannot be asked whether they do the same.
+        """
         arrays = [blocks[ids[slot]] for slot in self.program.external]
-        spots = tuple(map(spot, arrays))
-        numbers = tuple(repr(scalars[k]) for k in self.program.by_value)
-        if self.captured is None or not self._fits(spots, numbers):
-            self._settle(spots, numbers, arrays)
-            if self.reason or not self._due(spots, numbers):
-                self._runs += 1
-                self._spots, self._numbers = spots, numbers
-                self._plainly(code, blocks, ids, scalars, feeds)
-                return
+        way = self._agreed(self._wish(blocks, ids, scalars, arrays))
+        if way == CAPTURE:
+            self.drop()
             self._capture(code, blocks, ids, scalars, feeds, arrays)
-        if self.captured is not None and self._move_out(blocks, ids) and self._bring(arrays):
+            ready = self.captured is not None and self._ready(blocks, ids, arrays)
+            way = self._agreed(LAUNCH if ready else STEP)
+            if way == STEP and ready:
+                self.reason = "another rank could not capture it"
+                self.drop()
+        if way == LAUNCH:
             self._launch(blocks, ids)
         else:
-            self.drop()
             self._plainly(code, blocks, ids, scalars, feeds)
+
+    def stand_aside(self) -> None:
+        """Tell the other ranks that this one runs the program step by step this time."""
+        self._agreed(STEP)
+
+    def _agreed(self, wish: int) -> int:
+        """The least of what the ranks wish, where they join in collectives that a graph would hold: these
+        must be recorded, and replayed, by all or by none.
+        """
+        for comm in self.joined:
+            wish = comm.agree(wish)
+        return wish
+
+    def _wish(self, blocks: dict[int, Any], ids: Sequence[int], scalars: Sequence[Any],
+              arrays: Sequence[Any]) -> int:
+        """What this rank would do with the program now. To launch a graph, everything is made ready."""
+        if self.reason:
+            return STEP
+        spots = tuple(map(spot, arrays))
+        numbers = tuple(repr(scalars[k]) for k in self.program.by_value)
+        if self.captured is not None and self._fits(spots, numbers):
+            if self._ready(blocks, ids, arrays):
+                return LAUNCH
+            self.drop()
+            return STEP
+        self._settle(spots, numbers, arrays)
+        due = not self.reason and self._due(numbers)
+        self._runs += 1
+        self._spots, self._numbers = spots, numbers
+        return CAPTURE if due else STEP
+
+    def _ready(self, blocks: dict[int, Any], ids: Sequence[int], arrays: Sequence[Any]) -> bool:
+        """Make way for a replay, and bring it what it reads; False without memory for that."""
+        return self._move_out(blocks, ids) and self._bring(arrays)
 
     def _plainly(self, code: Callable[..., None], blocks: dict[int, Any], ids: Sequence[int],
                  scalars: Sequence[Any], feeds: Sequence[Any]) -> None:
@@ -170,11 +205,11 @@ class Replay:
         if self._changes > CAPTURES:
             self.reason = "kernels take numbers by value that keep changing"
         elif self._captures >= CAPTURES:
-            self.reason = "the blocks it reads keep moving"
+            self.reason = "the blocks it reads keep moving, or memory is short"
         elif sum(arrays[k].nbytes for k in self._moving) > MOVED_BYTES:
             self.reason = f"over {MOVED_BYTES >> 20} MiB of what it reads stand elsewhere in every run"
 
-    def _due(self, spots: tuple[Spot, ...], numbers: tuple[str, ...]) -> bool:
+    def _due(self, numbers: tuple[str, ...]) -> bool:
         return self._runs + 1 >= RUNS_BEFORE and numbers == self._numbers
 
     def _bring(self, arrays: Sequence[Any]) -> bool:
@@ -198,7 +233,11 @@ class Replay:
     def _launch(self, blocks: dict[int, Any], ids: Sequence[int]) -> None:
         made = self.captured
         assert made is not None
+        for comm in self.joined:
+            comm.check()
         made.graph.launch(self.device.stream)
+        for comm, traffic in zip(self.joined, made.traffic, strict=True):
+            comm.launched(*traffic)
         for slot in self.program.taken:
             blocks.pop(ids[slot], None)
         for slot, array in made.kept:
@@ -225,7 +264,12 @@ class Replay:
             return
         buffers = dict(zip(moving, found, strict=True))
         table.update((ids[external[k]], buffer) for k, buffer in buffers.items())
+        before = [(comm.calls, comm.bytes_sent) for comm in self.joined]
         graph = self._record(code, table, ids, scalars, feeds, pool)
+        traffic = tuple((comm.calls - calls, comm.bytes_sent - sent)
+                        for comm, (calls, sent) in zip(self.joined, before, strict=True))
+        for comm, (calls, sent) in zip(self.joined, before, strict=True):
+            comm.calls, comm.bytes_sent = calls, sent       # nothing has been sent yet
         if graph is None:
             return
         fixed = {a.data.ptr for k, a in enumerate(arrays) if k not in buffers}
@@ -235,7 +279,7 @@ class Replay:
         self.owners.update((a.data.ptr, self) for slot, a in kept if slot in own)
         self.captured = Captured(graph, pool, tuple(spot(buffers.get(k, a)) for k, a in enumerate(arrays)),
                                  buffers, self._numbers, kept, own,
-                                 tuple((slot, o) for slot, o in found_owners if o is not None))
+                                 tuple((slot, o) for slot, o in found_owners if o is not None), traffic)
         self.device.share()
 
     def _record(self, code: Callable[..., None], table: dict[int, Any], ids: Sequence[int],
@@ -272,7 +316,8 @@ class Replay:
             for _, array in self.captured.kept:
                 if self.owners.get(array.data.ptr) is self:
                     del self.owners[array.data.ptr]
-            self.captured = None
+            pool, self.captured = self.captured.pool, None
+            pool.free_all_blocks()
             self.device.share()
 
 
@@ -299,9 +344,14 @@ class GraphCounts:
         self.owners: dict[int, Replay] = {}
 
     def add(self, device: Any, program: Any, communicators: Sequence[Any]) -> Replay:
-        made = Replay(device, program, [c.size == 1 or c.capturable for c in communicators], self.owners)
+        made = Replay(device, program, communicators, self.owners)
         self._all.append(made)
         return made
+
+    def drop(self) -> None:
+        """Give all graphs up, for their memory."""
+        for made in self._all:
+            made.drop()
 
     def report(self) -> tuple[Any, ...]:
         """(programs captured, replays done, reasons why programs are not captured)."""

@@ -88,3 +88,17 @@ def test_stats_tell_the_devices_memory(worker: Any) -> None:
     mt.synchronize()
     assert MIB <= mt.stats()["peak_memory"][0] <= LIMIT
     del kept
+
+
+def test_graphs_are_given_up_when_memory_is_short(worker: Any) -> None:
+    x = mt.ones((MIB // 2,), dtype=mt.float32)
+    for _ in range(4):
+        y = (mt.flip(x) * 3 + mt.roll(x, 1)).sum()
+        value = y.item()
+        del y
+    assert mt.stats()["graphs"][0]["captured"] == 1
+    held = mt.ones((3 * MIB // 2,), dtype=mt.float32)
+    assert held.sum().item() == 3 * MIB // 2
+    assert mt.stats()["graphs"][0]["captured"] == 0
+    y = (mt.flip(x) * 3 + mt.roll(x, 1)).sum()
+    assert y.item() == value

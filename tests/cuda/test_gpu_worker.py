@@ -239,3 +239,18 @@ def test_ways_to_run_a_program_agree(use: Any, options: dict[str, bool]) -> None
     use()
     for got, want in zip(train(), wanted, strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+
+
+def test_a_failure_spoils_what_depends_on_it_and_nothing_else(use: Any) -> None:
+    """Also where one fused kernel computes both."""
+    use()
+    x = mt.tensor(np.ones((4, 4), np.float32))
+    for _ in range(3):                      # interpreted, generated, and not captured
+        lost = mt.ones((1 << 44,)).sum()    # no device has that much memory
+        good, bad = x * 2, x + lost
+        with pytest.raises(mt.WorkerError, match="no memory"):
+            good.numpy()
+        np.testing.assert_array_equal(good.numpy(), 2)
+        with pytest.raises(mt.WorkerError, match="no memory"):
+            bad.numpy()
+        del lost, good, bad
