@@ -100,5 +100,6 @@ def test_graphs_are_given_up_when_memory_is_short(worker: Any) -> None:
     held = mt.ones((3 * MIB // 2,), dtype=mt.float32)
     assert held.sum().item() == 3 * MIB // 2
     assert mt.stats()["graphs"][0]["captured"] == 0
+    del held
     y = (mt.flip(x) * 3 + mt.roll(x, 1)).sum()
     assert y.item() == value
