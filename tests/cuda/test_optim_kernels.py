@@ -178,3 +178,15 @@ def test_one_element_that_is_not_finite_is_found(device: Any, dtype: str, value:
                 bad.reshape(-1)[at] = value
                 found = op.device.run(device, *arrays[:k], device.cp.asarray(bad), *arrays[k + 1:])
                 assert found.get() == 1 == op.kernel(np, bad) and found.dtype == np.float32
+
+
+@pytest.mark.parametrize("name", ["sum_of_squares", "nonfinite"])
+def test_copies_of_strided_tensors_live_until_they_are_read(device: Any, name: str) -> None:
+    """Their memory could become that of a result: here the blocks have the same size."""
+    op = lookup(name)
+    assert op.device is not None
+    given = np.random.default_rng(0).normal(size=(2, 3, 4))
+    for width in (1, 2, 4):
+        cut = device.cp.asarray(given)[..., :width]
+        assert width == 4 or not cut.flags.c_contiguous
+        np.testing.assert_allclose(op.device.run(device, cut).get(), op.kernel(np, given[..., :width]), 1e-14)

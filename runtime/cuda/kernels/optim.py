@@ -313,7 +313,8 @@ def accumulator(dtype: Any) -> Any:
 
 def _sum_of_squares(dev: Any, *tensors: Any) -> Any:
     cp, dtype = dev.cp, accumulator(tensors[0].dtype)
-    launches = list(tables([[compact(dev, x) for x in tensors]], []))
+    held = [compact(dev, x) for x in tensors]       # copies live until their last launch
+    launches = list(tables([held], []))
     if not launches:
         return cp.zeros((), dtype)
     blocks = [dev.kernels.blocks_for(chunks, 1) for _, _, chunks in launches]
@@ -328,7 +329,8 @@ def _sum_of_squares(dev: Any, *tensors: Any) -> Any:
 
 def _nonfinite(dev: Any, *tensors: Any) -> Any:
     cp = dev.cp
-    launches = list(tables([[compact(dev, x) for x in tensors]], []))
+    held = [compact(dev, x) for x in tensors]       # copies live until their last launch
+    launches = list(tables([held], []))
     if not launches:
         return cp.zeros((), np.float32)
     blocks = [dev.kernels.blocks_for(chunks, 1) for _, _, chunks in launches]
