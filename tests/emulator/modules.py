@@ -36,7 +36,7 @@ _DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:(?:__align__|alignas)\s*\(\s*\d
                       r"([\w:\s]+?)\s*\b(\w+)\s*\[\s*\]\s*;")
 _IGNORED = re.compile(r"-D.*|-{1,2}(use_fast_math|fmad=\w+|ftz=\w+|prec-\w+=\w+|lineinfo|maxrregcount=\d+|"
                       r"extra-device-vectorization|restrict|generate-line-info)")
-_LAUNCHING = threading.Lock()   # the fibers and handlers of signals are one per process
+_LAUNCHING = threading.Lock()   # fibers, handlers of signals and static texts are one per process
 
 
 class CompileError(RuntimeError):
@@ -146,7 +146,9 @@ class Function:
         self._launch.restype = ctypes.c_char_p
         parameters = getattr(library, f"emu_parameters_{name}")
         parameters.restype = ctypes.c_char_p
-        self.parameters = [(p[0], int(p[1:])) for p in parameters().decode().split()]
+        with _LAUNCHING:                # the text is in static memory
+            text = parameters().decode()
+        self.parameters = [(p[0], int(p[1:])) for p in text.split()]
         self.max_threads_per_block = getattr(library, f"emu_bound_{name}")()
         self._max_dynamic = STATIC_SHARED
 
