@@ -39,8 +39,8 @@ class InlineMesh(Mesh):
         super().__init__(names, (1,) * len(names), [HERE], ["cpu" if open_device is None else "gpu0"],
                          ["self"] * len(names))
         alone = [ThreadGroup(1).communicator(0) for _ in names]
-        device = "cpu" if open_device is None else open_device(0)
-        self._worker = worker(0, self.shape, on_device(alone, device), device)
+        self._device = "cpu" if open_device is None else open_device(0)
+        self._worker = worker(0, self.shape, on_device(alone, self._device), self._device)
         self._replies: deque[Reply] = deque()
 
     def send(self, runs: Sequence[Run]) -> None:
@@ -66,6 +66,7 @@ class InlineMesh(Mesh):
             self._closed_because = "it was shut down"
             self._replies.clear()
             self._worker.close()
+            close_device(self._device)
 
 
 class ThreadMesh(Mesh):
@@ -140,9 +141,10 @@ class ThreadMesh(Mesh):
 
     def _serve(self, rank: int, make: Callable[..., Any]) -> None:
         """The body of worker thread `rank`."""
-        worker = None
+        worker, device = None, "cpu"
         try:
-            device = self._open_device(rank % self._gpus) if self._open_device is not None else "cpu"
+            if self._open_device is not None:
+                device = self._open_device(rank % self._gpus)
             worker = make(rank, self.shape, on_device(self._communicators[rank], device), device)
             while (run := self._inboxes[rank].get()) is not None and not self._stopping.is_set():
                 reply = worker.run(run)
@@ -155,6 +157,13 @@ class ThreadMesh(Mesh):
         finally:
             if worker is not None:
                 worker.close()
+            close_device(device)
+
+
+def close_device(device: Any) -> None:
+    """Give back what a device holds, if it is one."""
+    if device != "cpu":
+        device.close()
 
 
 def on_device(communicators: Sequence[HostCommunicator], device: Any) -> list[Any]:

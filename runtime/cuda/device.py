@@ -56,6 +56,15 @@ class Device:
         """Wait for all work that was begun."""
         self.stream.synchronize()
 
+    def close(self) -> None:
+        """Give libraries' handles and unused memory back. The device's arrays stay as they are."""
+        with self.active():
+            self.synchronize()
+            self.blas.close()
+            if self.dnn is not None:
+                self.dnn.close()
+            self.pool.free_all_blocks()
+
     # -- memory
 
     def new_pool(self) -> Any:
