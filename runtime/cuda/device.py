@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakSet
 
 from meshtape.runtime.cuda.arrays import ArrayModule
 from meshtape.runtime.cuda.blas import Blas
@@ -40,7 +39,8 @@ class Device:
             self.stream = cp.cuda.Stream(non_blocking=True)
             total = cp.cuda.runtime.memGetInfo()[1]
             self.limit = 0 if memory_fraction is None else int(memory_fraction * total)
-            self._pools: WeakSet[Any] = WeakSet()
+            self._pools: list[Any] = []
+            self._retired: list[Any] = []
             self.pool = self.new_pool()
         self.blas = Blas(self)
         self.dnn = None if libraries.cudnn is None else Dnn(self)
@@ -68,12 +68,26 @@ class Device:
     # -- memory
 
     def new_pool(self) -> Any:
-        """A memory pool that keeps, together with the others of this device, to the limit."""
+        """A memory pool that keeps, together with the others of this device, to the limit; until retire()."""
         pool = self.cp.cuda.MemoryPool()
         if self.limit:
             pool.set_limit(size=max(1, self.limit - self.held()))
-        self._pools.add(pool)
+        self._pools.append(pool)
         return pool
+
+    def retire(self, pool: Any) -> None:
+        """Give a pool up. It stays till the last array in it has gone: with a pool that goes earlier, CuPy
+        never returns the rest of blocks that were split.
+        """
+        self._pools.remove(pool)
+        self._retired.append(pool)
+        self._return_retired()
+        self.share()
+
+    def _return_retired(self) -> None:
+        for pool in self._retired:
+            pool.free_all_blocks()
+        self._retired = [pool for pool in self._retired if pool.total_bytes()]
 
     def share(self) -> None:
         """Leave the pool what the other pools do not hold."""
@@ -83,7 +97,7 @@ class Device:
 
     def held(self) -> int:
         """Bytes that this worker holds on the device, used or not."""
-        return sum(pool.total_bytes() for pool in self._pools)
+        return sum(pool.total_bytes() for pool in (*self._pools, *self._retired))
 
     def peak(self) -> int:
         """The most bytes that were held at the end of a batch."""
@@ -93,7 +107,9 @@ class Device:
     def give_back(self) -> None:
         """Return unused memory to the device."""
         self.synchronize()
+        self._return_retired()
         self.pool.free_all_blocks()
+        self.share()
 
     def is_out_of_memory(self, error: Exception) -> bool:
         return isinstance(error, self.cp.cuda.memory.OutOfMemoryError)

@@ -251,17 +251,27 @@ class Replay:
                  scalars: Sequence[Any], feeds: Sequence[Any], arrays: Sequence[Any]) -> None:
         """Capture a run on a copy of the block table; on failure `reason` says why, and nothing has changed.
         """
-        cuda, external = self.device.cp.cuda, self.program.external
         self._captures += 1
         self.device.synchronize()
         self.device.pool.free_all_blocks()
         pool = self.device.new_pool()
-        table = dict(blocks)
+        try:
+            self.captured = self._captured_in(pool, code, blocks, ids, scalars, feeds, arrays)
+        finally:
+            if self.captured is None:
+                self.device.retire(pool)
+            else:
+                self.device.share()
+
+    def _captured_in(self, pool: Any, code: Callable[..., None], blocks: dict[int, Any], ids: Sequence[int],
+                     scalars: Sequence[Any], feeds: Sequence[Any], arrays: Sequence[Any]) -> Captured | None:
+        """The graph of a run, with its memory from `pool`; None, and then `reason` says why."""
+        external, table = self.program.external, dict(blocks)
         moving = sorted(self._moving)
-        with cuda.using_allocator(pool.malloc):
+        with self.device.cp.cuda.using_allocator(pool.malloc):
             found = self._room([arrays[k] for k in moving])
         if found is None:
-            return
+            return None
         buffers = dict(zip(moving, found, strict=True))
         table.update((ids[external[k]], buffer) for k, buffer in buffers.items())
         before = [(comm.calls, comm.bytes_sent) for comm in self.joined]
@@ -271,16 +281,15 @@ class Replay:
         for comm, (calls, sent) in zip(self.joined, before, strict=True):
             comm.calls, comm.bytes_sent = calls, sent       # nothing has been sent yet
         if graph is None:
-            return
+            return None
         fixed = {a.data.ptr for k, a in enumerate(arrays) if k not in buffers}
         kept = tuple((slot, table[ids[slot]]) for slot in self.program.kept)
         own = frozenset(slot for slot, a in kept if a.data.ptr not in fixed)
         found_owners = [(slot, owner_of(self.owners, a)) for slot, a in kept if slot not in own]
         self.owners.update((a.data.ptr, self) for slot, a in kept if slot in own)
-        self.captured = Captured(graph, pool, tuple(spot(buffers.get(k, a)) for k, a in enumerate(arrays)),
-                                 buffers, self._numbers, kept, own,
-                                 tuple((slot, o) for slot, o in found_owners if o is not None), traffic)
-        self.device.share()
+        return Captured(graph, pool, tuple(spot(buffers.get(k, a)) for k, a in enumerate(arrays)), buffers,
+                        self._numbers, kept, own,
+                        tuple((slot, o) for slot, o in found_owners if o is not None), traffic)
 
     def _record(self, code: Callable[..., None], table: dict[int, Any], ids: Sequence[int],
                 scalars: Sequence[Any], feeds: Sequence[Any], pool: Any) -> Any:
@@ -317,8 +326,7 @@ class Replay:
                 if self.owners.get(array.data.ptr) is self:
                     del self.owners[array.data.ptr]
             pool, self.captured = self.captured.pool, None
-            pool.free_all_blocks()
-            self.device.share()
+            self.device.retire(pool)
 
 
 def owner_of(owners: Mapping[int, Replay], value: Any) -> Replay | None:

@@ -103,3 +103,16 @@ def test_graphs_are_given_up_when_memory_is_short(worker: Any) -> None:
     del held
     y = (mt.flip(x) * 3 + mt.roll(x, 1)).sum()
     assert y.item() == value
+
+
+def test_a_pool_that_is_given_up_stays_until_its_last_array_has_gone() -> None:
+    device = emulator.device()
+    with device.active():
+        before, pool = device.held(), device.new_pool()
+        with device.cp.cuda.using_allocator(pool.malloc):
+            kept = device.cp.zeros(1024, np.uint8)
+        device.retire(pool)
+        assert device.held() == before + kept.nbytes
+        del kept
+        device.give_back()
+        assert device.held() == before

@@ -255,7 +255,12 @@ def _sync(what: str) -> None:
 
 
 class MemoryPool:
-    """cupy.cuda.MemoryPool: freed blocks stay, by stream and size, and the last one freed is reused first."""
+    """cupy.cuda.MemoryPool: freed blocks stay, by stream and size, and the last one freed is reused first.
+
+    Like CuPy's, it takes no weak references.
+    """
+
+    __slots__ = ("_free", "_limit", "_lock", "_returned", "_total", "_used")
 
     def __init__(self, allocator: Any = None) -> None:
         self._free: dict[Any, dict[int, list[Memory]]] = {}
