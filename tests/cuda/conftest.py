@@ -1,36 +1,62 @@
-"""The fixture `device`: tests that take it run on the emulated device, and on a real one if there is."""
+"""Tests of device code run on the emulated device, and on a real GPU, marked `gpu`, where there is one.
+
+device    a Device, active in this thread
+opens     opens(number=0, memory_fraction=None) makes a Device for the calling thread, as meshes ask for one
+
+What takes neither is about the emulation, or needs no device.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib.util import find_spec
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-if find_spec("cupy") is None:
-    # Without CuPy, which the emulation asks for signatures, only test_emulator.py is collected: it says why.
-    collect_ignore_glob = sorted({path.name for path in Path(__file__).parent.glob("test_*.py")}
-                                 - {"test_emulator.py", "test_without_gpu.py"})
+from meshtape.runtime.gpu import gpu_here, open_device
+
+pytest.importorskip("cupy", reason="the emulation asks the installed CuPy for its signatures")
+BOTH = ("emulated", pytest.param("cuda", marks=pytest.mark.gpu))
 
 
-@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(scope="module")
+def gpu() -> Iterator[Any]:
+    """The first GPU, for all tests of a module; they are skipped where there is none."""
+    name, reason = gpu_here()
+    if not name:
+        pytest.skip(f"no GPU: {reason}")
+    made = open_device()
+    yield made
+    made.close()
+
+
+@pytest.fixture(params=BOTH)
 def device(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A runtime.cuda.device.Device, active in this thread. Writes outside of allocations fail the test."""
     if request.param == "cuda":
-        from meshtape.runtime.gpu import gpu_here
-        name, reason = gpu_here()
-        if not name:
-            pytest.skip(f"no GPU: {reason}")
-        from meshtape.runtime.cuda.device import Device
-        from meshtape.runtime.cuda.libraries import load
-        real = Device(load())
+        real = request.getfixturevalue("gpu")
         with real.active():
             yield real
+        if real.stream.is_capturing():          # the test failed in the middle of a capture
+            real.stream.end_capture()
+        real.synchronize()
         return
     import emulator
     emulated = emulator.device()
     with emulated.active():
         yield emulated
+    emulator.check()
+
+
+@pytest.fixture(params=BOTH)
+def opens(request: pytest.FixtureRequest) -> Iterator[Callable[..., Any]]:
+    """Makes devices; whoever asks for one closes it."""
+    if request.param == "cuda":
+        name, reason = gpu_here()
+        if not name:
+            pytest.skip(f"no GPU: {reason}")
+        yield lambda number=0, memory_fraction=None: open_device(0, memory_fraction)
+        return
+    import emulator
+    yield lambda number=0, memory_fraction=None: emulator.device(memory_fraction=memory_fraction)
     emulator.check()

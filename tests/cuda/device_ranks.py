@@ -14,9 +14,9 @@ from meshtape.runtime.errors import CommError
 
 
 def on_devices(size: int, make: Callable[[Any, Any], Any], body: Callable[[Any], Any],
-               timeout: float = 20.0) -> list[Any]:
-    """body(communicator) on one thread per rank, each with a device of its own: what each returned, or the
-    exception it raised. make(host communicator, device) makes the communicator.
+               timeout: float = 20.0, opens: Callable[[], Any] = emulator.device) -> list[Any]:
+    """body(communicator) on one thread per rank, each with a device of its own, made by opens(): what each
+    returned, or the exception it raised. make(host communicator, device) makes the communicator.
     """
     group = ThreadGroup(size, timeout)
     results: list[Any] = [None] * size
@@ -24,7 +24,7 @@ def on_devices(size: int, make: Callable[[Any, Any], Any], body: Callable[[Any],
     def target(rank: int) -> None:
         inner = group.communicator(rank)
         try:
-            device = emulator.device()
+            device = opens()
             with device.active():
                 comm = make(inner, device)
                 try:
@@ -35,6 +35,7 @@ def on_devices(size: int, make: Callable[[Any, Any], Any], body: Callable[[Any],
                 if comm._failure is None:
                     comm.barrier()
                 comm.close()
+            device.close()
         except Exception as error:
             results[rank] = error
 
@@ -46,8 +47,9 @@ def on_devices(size: int, make: Callable[[Any, Any], Any], body: Callable[[Any],
     return results
 
 
-def succeed(size: int, make: Callable[[Any, Any], Any], body: Callable[[Any], Any]) -> list[Any]:
-    results = on_devices(size, make, body)
+def succeed(size: int, make: Callable[[Any, Any], Any], body: Callable[[Any], Any],
+            opens: Callable[[], Any] = emulator.device) -> list[Any]:
+    results = on_devices(size, make, body, opens=opens)
     failed = [result for result in results if isinstance(result, Exception)]
     for error in sorted(failed, key=lambda error: isinstance(error, CommError)):
         raise error

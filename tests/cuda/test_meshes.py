@@ -58,10 +58,10 @@ def train(mesh: Any, steps: int = 3) -> list[float]:
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
-def test_training_on_gpu_workers_gives_what_cpu_workers_give(workers: int) -> None:
+def test_training_on_gpu_workers_gives_what_cpu_workers_give(workers: int, opens: Any) -> None:
     want = train(ThreadMesh(workers, timeout=20.0))
     mt.shutdown()
-    mesh = ThreadMesh(workers, timeout=20.0, gpus=2, open_device=lambda number: emulator.device())
+    mesh = ThreadMesh(workers, timeout=20.0, gpus=2, open_device=opens)
     assert mesh.devices == ["gpu0", "gpu1", "gpu0"][:workers]
     assert mesh.links == (["staged+threads"] if workers > 1 else ["self"])
     np.testing.assert_allclose(train(mesh), want, rtol=1e-5)
@@ -86,16 +86,16 @@ def test_training_by_nccl_replays_its_collectives_in_graphs(workers: int,
     assert all(found["replays"] >= 4 for found in mt.stats()["graphs"])
 
 
-def test_one_worker_in_the_calling_thread() -> None:
+def test_one_worker_in_the_calling_thread(opens: Any) -> None:
     want = train(InlineMesh())
     mt.shutdown()
-    mesh = InlineMesh(open_device=lambda number: emulator.device())
+    mesh = InlineMesh(open_device=opens)
     assert mesh.devices == ["gpu0"]
     np.testing.assert_allclose(train(mesh), want, rtol=1e-5)
 
 
-def test_explain_says_how_collectives_travel_and_why() -> None:
-    current.use(Session(ThreadMesh(2, timeout=20.0, gpus=1, open_device=lambda number: emulator.device())))
+def test_explain_says_how_collectives_travel_and_why(opens: Any) -> None:
+    current.use(Session(ThreadMesh(2, timeout=20.0, gpus=1, open_device=opens)))
     assert mt.ones((4,), layout=mt.Shard(0)).sum().item() == 4.0
     assert "data: staged+threads (threads of one process)" in mt.explain(show=False)
 

@@ -11,7 +11,6 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "runtime"))
 import collective_cases as cases
-import emulator
 from device_ranks import ByHost, on_devices, succeed
 
 from meshtape.runtime.collectives.staged import StagedCommunicator
@@ -19,7 +18,7 @@ from meshtape.runtime.errors import CommAborted, CommError
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
-def test_mixed_collectives_in_a_row_give_exact_results(size: int) -> None:
+def test_mixed_collectives_in_a_row_give_exact_results(size: int, opens: Any) -> None:
     programme = [cases.random_case(seed, size, 3000) for seed in range(250)]
 
     def body(comm: Any) -> None:
@@ -27,19 +26,19 @@ def test_mixed_collectives_in_a_row_give_exact_results(size: int) -> None:
             if size > 1 or case.verb != "send":
                 cases.run(ByHost(comm), case)
 
-    succeed(size, StagedCommunicator, body)
+    succeed(size, StagedCommunicator, body, opens)
 
 
-def test_ranks_in_different_calls_get_an_error() -> None:
+def test_ranks_in_different_calls_get_an_error(opens: Any) -> None:
     def body(comm: Any) -> None:
         comm.all_reduce(comm.device.cp.ones(3 + comm.rank, "float32"))
 
-    for result in on_devices(2, StagedCommunicator, body):
+    for result in on_devices(2, StagedCommunicator, body, opens=opens):
         assert isinstance(result, CommError)
         assert "different collectives" in str(result) or "a test failed" in str(result)
 
 
-def test_an_abort_reaches_the_others_and_their_next_call() -> None:
+def test_an_abort_reaches_the_others_and_their_next_call(opens: Any) -> None:
     def body(comm: Any) -> Any:
         if comm.rank == 1:
             comm.abort("enough")
@@ -50,10 +49,10 @@ def test_an_abort_reaches_the_others_and_their_next_call() -> None:
             comm.check()
         return "done"
 
-    assert on_devices(2, StagedCommunicator, body)[0] == "done"
+    assert on_devices(2, StagedCommunicator, body, opens=opens)[0] == "done"
 
 
-def test_a_verb_waits_for_its_stream_once_and_copies_no_more_than_it_must() -> None:
+def test_a_verb_waits_for_its_stream_once_and_copies_no_more_than_it_must(opens: Any) -> None:
     def body(comm: Any) -> Any:
         cp = comm.device.cp
         xs = [cp.ones(n, "float32") for n in (3, 40, 500)]
@@ -63,10 +62,10 @@ def test_a_verb_waits_for_its_stream_once_and_copies_no_more_than_it_must() -> N
         assert comm._given._bytes is room
         return [x.get()[0] for x in xs]
 
-    assert succeed(2, StagedCommunicator, body) == [[4.0] * 3] * 2
+    assert succeed(2, StagedCommunicator, body, opens) == [[4.0] * 3] * 2
 
 
-def test_it_says_that_it_cannot_be_recorded_and_what_it_stands_on() -> None:
+def test_it_says_that_it_cannot_be_recorded_and_what_it_stands_on(opens: Any) -> None:
     def body(comm: Any) -> Any:
         assert not comm.capturable
         x = comm.device.cp.ones(3, "float32")
@@ -77,15 +76,14 @@ def test_it_says_that_it_cannot_be_recorded_and_what_it_stands_on() -> None:
             comm.device.stream.end_capture()
         return comm.kind
 
-    assert "staged+threads" in on_devices(2, StagedCommunicator, body)
+    assert "staged+threads" in on_devices(2, StagedCommunicator, body, opens=opens)
 
 
-def test_results_on_the_device_stay_when_the_pinned_memory_is_used_again() -> None:
+def test_results_on_the_device_stay_when_the_pinned_memory_is_used_again(opens: Any) -> None:
     def body(comm: Any) -> Any:
         cp = comm.device.cp
         a = comm.all_reduce(cp.ones(10, "float32"))
         comm.all_gather(cp.zeros(10, "float32"), [10, 10])
         return float(a.get().sum())
 
-    assert succeed(2, StagedCommunicator, body) == [20.0, 20.0]
-    emulator.check()
+    assert succeed(2, StagedCommunicator, body, opens) == [20.0, 20.0]
