@@ -32,7 +32,7 @@ class Device:
         self.cp = cp = libraries.cupy
         self.index = index
         self.handle = cp.cuda.Device(index)
-        self.kernels = Kernels(cp)
+        self.kernels = Kernels(libraries)
         self.capturing = False      # whether a CUDA graph is being recorded
         self._peak = 0
         with self.handle:

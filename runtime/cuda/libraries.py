@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ from meshtape.runtime.errors import MeshError
 
 class Libraries(NamedTuple):
     """`cupy` is CuPy itself, `cublas` our binding of cuBLAS (runtime.cuda.cublas), `special` is
-    cupyx.scipy.special, `nccl` is cupy.cuda.nccl.
+    cupyx.scipy.special, `nccl` is cupy.cuda.nccl; `module(code, options)` compiles CUDA C++ for the current
+    device and loads it (runtime.cuda.nvrtc).
 
     None where they are not installed: `cublaslt` (nvmath.bindings.cublasLt), `cudnn` (the cuDNN frontend),
     `nccl`.
@@ -19,6 +21,7 @@ class Libraries(NamedTuple):
     cupy: Any
     cublas: Any
     special: Any
+    module: Callable[[str, tuple[str, ...]], Any]
     nccl: Any = None
     cublaslt: Any = None
     cudnn: Any = None
@@ -34,8 +37,8 @@ def load() -> Libraries:
     from cupy.cuda import nccl
     from cupyx.scipy import special
 
-    from meshtape.runtime.cuda import cublas
-    return Libraries(cupy, cublas.load(), special, nccl if nccl.available else None,
+    from meshtape.runtime.cuda import cublas, nvrtc
+    return Libraries(cupy, cublas.load(), special, nvrtc.module, nccl if nccl.available else None,
                      _cublaslt(), find_cudnn())
 
 

@@ -1,6 +1,6 @@
 """CUDA C++ as text, compiled by NVRTC for the device it runs on, once for each set of macros.
 
-CuPy keeps compiled code on disk (CUPY_CACHE_DIR, ~/.cupy/kernel_cache), where all workers of a host find it.
+Compiled code is kept on disk (see runtime.cuda.nvrtc), where all workers of a host find it.
 
 Every source is compiled behind PRELUDE and its macros, which are usually types, T=float16. Macros come after
 the PRELUDE, so they may have any name. There are no host headers and none of CUDA's.
@@ -198,8 +198,8 @@ def source(name: str, code: str, functions: tuple[str, ...],
 class Kernels:
     """Compiled functions by source, name and macros."""
 
-    def __init__(self, cupy: Any) -> None:
-        self._cupy = cupy
+    def __init__(self, libraries: Any) -> None:
+        self._cupy, self._load = libraries.cupy, libraries.module
         self._modules: dict[Any, Any] = {}
         self._made: dict[Any, Any] = {}
 
@@ -218,7 +218,7 @@ class Kernels:
     def _module(self, given: Source, macros: Any) -> Any:
         key = given.name, macros
         if key not in self._modules:
-            self._modules[key] = self._cupy.RawModule(code=text(given, dict(macros)), options=OPTIONS)
+            self._modules[key] = self._load(text(given, dict(macros)), OPTIONS)
         return self._modules[key]
 
     @cached_property

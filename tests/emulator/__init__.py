@@ -38,9 +38,13 @@ def libraries() -> Any:
     from emulator import special
     from meshtape.runtime.cuda.libraries import Libraries
     cupy = module()
-    nccl, cudnn, cublas = part("nccl"), part("cudnn"), part("cublas")
+    nccl, cudnn, cublas, modules = part("nccl"), part("cudnn"), part("cublas"), part("modules")
     cupy.cuda.nccl = nccl
-    return Libraries(cupy, cublas.Cublas(), special, nccl, part("cublaslt"), cudnn)
+
+    def load(code: str, options: tuple[str, ...]) -> Any:
+        return modules.RawModule(code=code, options=options)
+
+    return Libraries(cupy, cublas.Cublas(), special, load, nccl, part("cublaslt"), cudnn)
 
 
 def part(name: str) -> Any:
