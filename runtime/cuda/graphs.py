@@ -18,8 +18,12 @@ that waits for the device or reads its memory, numbers that kernels take by valu
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from itertools import repeat
 from typing import Any, NamedTuple
+
+from meshtape.runtime.cuda.standing import Spot, Standing, moved, picker, spot
 
 # Copies of blocks that move are worth it up to so many bytes per replay.
 MOVED_BYTES = 64 << 20
@@ -31,17 +35,6 @@ RUNS_BEFORE = 2
 
 # What a rank would do with a program; all do the least of it.
 STEP, CAPTURE, LAUNCH = range(3)
-
-
-class Spot(NamedTuple):
-    """Where an array stands: equal spots can stand in for each other in a graph."""
-
-    address: int
-    strides: tuple[int, ...]
-
-
-def spot(array: Any) -> Spot:
-    return Spot(array.data.ptr, array.strides)
 
 
 def refusal(steps: Sequence[Any], capturable: Sequence[bool]) -> str:
@@ -57,11 +50,6 @@ def refusal(steps: Sequence[Any], capturable: Sequence[bool]) -> str:
     return ""
 
 
-def moved(before: Sequence[Spot], now: Sequence[Spot]) -> tuple[int, ...]:
-    """Positions whose arrays stand elsewhere than in the run before."""
-    return tuple(k for k, (a, b) in enumerate(zip(before, now, strict=True)) if a != b)
-
-
 class Captured(NamedTuple):
     """A graph with the arrays that it reads and writes; positions are those of the program's external slots.
     """
@@ -69,9 +57,10 @@ class Captured(NamedTuple):
     graph: Any
     pool: Any
     spots: tuple[Spot, ...]
+    standing: Standing                      # of arrays that are read where they are
     buffers: Mapping[int, Any]              # by position: where arrays that move are copied to
     numbers: tuple[str, ...]                # by value
-    kept: tuple[tuple[int, Any], ...]       # (slot, array)
+    kept: tuple[Any, ...]                   # in the order of the program's kept slots
     own: frozenset[int]                     # slots of those that stand in the graph's memory
     foreign: tuple[tuple[int, Any], ...]    # (slot, replay in whose graph's memory it stands) of others
     traffic: tuple[tuple[int, int], ...]    # (calls, bytes sent) by every communicator in it
@@ -94,6 +83,8 @@ class Replay:
         self.joined = [c for c in communicators if collective and c.size > 1 and not self.reason]
         self.replays = 0
         self.captured: Captured | None = None
+        self._external, self._taken, self._kept = map(
+            picker, (program.external, tuple(program.taken), program.kept))
         self._captures = self._changes = 0
         self._runs = 0
         self._moving: set[int] = set()
@@ -106,7 +97,7 @@ class Replay:
 
         Raises CommError if other ranks cannot be asked whether they do the same.
         """
-        arrays = [blocks[ids[slot]] for slot in self.program.external]
+        arrays = list(map(blocks.__getitem__, self._external(ids)))
         way = self._agreed(self._wish(blocks, ids, scalars, arrays))
         if way == CAPTURE:
             self.drop()
@@ -138,13 +129,13 @@ class Replay:
         """What this rank would do with the program now. To launch a graph, everything is made ready."""
         if self.reason:
             return STEP
-        spots = tuple(map(spot, arrays))
         numbers = tuple(repr(scalars[k]) for k in self.program.by_value)
-        if self.captured is not None and self._fits(spots, numbers):
+        if self.captured is not None and self._fits(self.captured, arrays, numbers):
             if self._ready(blocks, ids, arrays):
                 return LAUNCH
             self.drop()
             return STEP
+        spots = tuple(map(spot, arrays))
         self._settle(spots, numbers, arrays)
         due = not self.reason and self._due(numbers)
         self._runs += 1
@@ -164,9 +155,10 @@ class Replay:
         """Give memory of their own to blocks in the graph's memory that outlive the next replay; False if
         there is none.
         """
-        taken = {ids[slot] for slot in self.program.taken} if self.lent else set()
-        staying = [name for name in self.lent
-                   if name in blocks and name not in taken and owner_of(self.owners, blocks[name]) is self]
+        left = [name for name in self.lent if name in blocks]
+        taken = set(self._taken(ids)) if left else set()
+        staying = [name for name in left
+                   if name not in taken and owner_of(self.owners, blocks[name]) is self]
         room = self._room([blocks[name] for name in staying])
         if room is None:
             return False
@@ -186,12 +178,16 @@ class Replay:
             self.reason = "there was no memory beside that of its graph"
             return None
 
-    def _fits(self, spots: Sequence[Spot], numbers: tuple[str, ...]) -> bool:
-        made = self.captured
-        assert made is not None
-        if spots == made.spots and numbers == made.numbers:
-            return True
-        return numbers == made.numbers and all(k in made.buffers for k in moved(made.spots, spots))
+    def _fits(self, made: Captured, arrays: Sequence[Any], numbers: tuple[str, ...]) -> bool:
+        """Whether the graph does what is asked for."""
+        if numbers != made.numbers:
+            return False
+        for k in made.standing.others(arrays):
+            if k not in made.buffers:
+                if spot(arrays[k]) != made.spots[k]:
+                    return False
+                made.standing.see(k, arrays[k])
+        return True
 
     def _settle(self, spots: tuple[Spot, ...], numbers: tuple[str, ...], arrays: Sequence[Any]) -> None:
         """Note what moved since the run before, and give up on what keeps changing."""
@@ -238,10 +234,8 @@ class Replay:
         made.graph.launch(self.device.stream)
         for comm, traffic in zip(self.joined, made.traffic, strict=True):
             comm.launched(*traffic)
-        for slot in self.program.taken:
-            blocks.pop(ids[slot], None)
-        for slot, array in made.kept:
-            blocks[ids[slot]] = array
+        deque(map(blocks.pop, self._taken(ids), repeat(None)), maxlen=0)
+        blocks.update(zip(self._kept(ids), made.kept, strict=True))
         self.lent = [ids[slot] for slot in made.own]
         for slot, other in made.foreign:
             other.lent.append(ids[slot])
@@ -283,12 +277,12 @@ class Replay:
         if graph is None:
             return None
         fixed = {a.data.ptr for k, a in enumerate(arrays) if k not in buffers}
-        kept = tuple((slot, table[ids[slot]]) for slot in self.program.kept)
-        own = frozenset(slot for slot, a in kept if a.data.ptr not in fixed)
-        found_owners = [(slot, owner_of(self.owners, a)) for slot, a in kept if slot not in own]
-        self.owners.update((a.data.ptr, self) for slot, a in kept if slot in own)
-        return Captured(graph, pool, tuple(spot(buffers.get(k, a)) for k, a in enumerate(arrays)), buffers,
-                        self._numbers, kept, own,
+        kept = {slot: table[ids[slot]] for slot in self.program.kept}
+        own = frozenset(slot for slot, a in kept.items() if a.data.ptr not in fixed)
+        found_owners = [(slot, owner_of(self.owners, a)) for slot, a in kept.items() if slot not in own]
+        self.owners.update((a.data.ptr, self) for slot, a in kept.items() if slot in own)
+        return Captured(graph, pool, tuple(spot(buffers.get(k, a)) for k, a in enumerate(arrays)),
+                        Standing(len(arrays)), buffers, self._numbers, tuple(kept.values()), own,
                         tuple((slot, o) for slot, o in found_owners if o is not None), traffic)
 
     def _record(self, code: Callable[..., None], table: dict[int, Any], ids: Sequence[int],
@@ -322,7 +316,7 @@ class Replay:
         """Give the graph up, once the device is done with it."""
         if self.captured is not None:
             self.device.synchronize()
-            for _, array in self.captured.kept:
+            for array in self.captured.kept:
                 if self.owners.get(array.data.ptr) is self:
                     del self.owners[array.data.ptr]
             pool, self.captured = self.captured.pool, None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 from meshtape.runtime.errors import MeshError
@@ -52,10 +51,11 @@ def _cublaslt() -> Any:
 
 
 def find_cudnn() -> Any:
-    """The cuDNN frontend; None if it is not installed, or cuDNN itself is not."""
-    if find_spec("cudnn") is None:
+    """The cuDNN frontend; None if that, or what it is imported with, or cuDNN itself is not installed."""
+    try:
+        import cudnn
+    except ImportError:
         return None
-    import cudnn
     try:
         cudnn.backend_version()
     except RuntimeError as error:
