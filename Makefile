@@ -2,9 +2,11 @@
 # make lint     ruff and mypy                                      make bench    run the benchmarks
 # make clean    remove .venv and everything that was built
 #
-# The first of them sets up .venv. Another interpreter: make train PYTHON=python3.12
+# The first of them sets up .venv. Another interpreter: make train PYTHON=python3.12. Tests run in two processes;
+# make test JOBS=4 runs them in four.
 
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 ROOMS := autograd scheduler cluster runtime
 # One BLAS thread per process: workers share the cores, and results repeat.
@@ -18,7 +20,7 @@ train: setup
 	$(BIN)/python examples/train_digits.py --workers 2
 
 test: .venv/emulation
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests
 
 # mypy does not see through an editable install, so it gets the packages as a tree of links.
 lint: .venv/lint

@@ -11,9 +11,11 @@ import ctypes
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -124,15 +126,32 @@ def compiled(code: str, options: tuple[str, ...]) -> Path:
     if library.exists():
         return library
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    header = precompiled(folder, flags)
     with tempfile.TemporaryDirectory(dir=folder) as room:
         source, made = Path(room, "kernel.cpp"), Path(room, "kernel.so")
         source.write_text(text)
-        run = subprocess.run(["g++", *flags, "-include", str(HEADER), str(source), "-o", str(made)],
+        run = subprocess.run(["g++", *flags, "-include", str(header), str(source), "-o", str(made)],
                              capture_output=True, text=True)
         if run.returncode:
             raise CompileError(f"{' '.join(options)}\n{run.stderr}")
         made.replace(library)
     return library
+
+
+def precompiled(folder: Path, flags: tuple[str, ...]) -> Path:
+    """The header with what g++ made of it beside it, which saves a third of each compilation."""
+    key = hashlib.sha256("\0".join((HEADER.read_text(), *flags)).encode()).hexdigest()[:32]
+    place = folder / f"{key}.header"
+    if not place.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as room:
+            made = Path(room, "made")
+            made.mkdir()
+            shutil.copy(HEADER, made / HEADER.name)
+            subprocess.run(["g++", *(f for f in flags if f != "-shared"), "-x", "c++-header",
+                            str(made / HEADER.name), "-o", f"{made / HEADER.name}.gch"], check=True)
+            with suppress(OSError):         # another process was quicker
+                made.rename(place)
+    return place / HEADER.name
 
 
 # --- launches ---------------------------------------------------------------------------------------
