@@ -106,6 +106,18 @@ def test_the_largest(device: Any, case: str, order: str, dtype: str) -> None:
     check(device, "max_pool_take", [values, tap.get()], attrs, order, exact=True)
 
 
+def test_taps_of_more_bytes_than_values_are_read_whole_only_where_they_are_aligned(device: Any) -> None:
+    """Eight taps of float16 values take 32 bytes; here they begin at 16."""
+    attrs, rng = geometry("many taps", False)[1], np.random.default_rng(2)
+    x = rng.normal(size=(1, 8, 20, 20)).astype(np.float16)
+    tap = TABLE["max_pool"].kernel(np, x, **attrs)[1].astype(np.int32)
+    room = device.cp.empty(tap.size + 4, np.int32)
+    room[4:] = device.cp.asarray(np.moveaxis(tap, 1, -1).reshape(-1))
+    view = device.cp.moveaxis(room[4:].reshape(1, *tap.shape[2:], 8), -1, 1)
+    made = TABLE["max_pool_take"].device.run(device, laid(device, x, "channels innermost"), view, **attrs)
+    np.testing.assert_array_equal(made.get(), TABLE["max_pool_take"].kernel(np, x, tap, **attrs))
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("order", ["C", "channels innermost", "apart"])
 @pytest.mark.parametrize("case", [case for case in WINDOWS if case != "spread"])

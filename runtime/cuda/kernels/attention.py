@@ -67,7 +67,11 @@ __device__ inline void each_key(long long keys, const Query& q, uint64 seed, uin
 }
 
 template <class F> __device__ inline W row_reduce(W x, W neutral, W* room, F f) {
-  if (ROW == 32) return lanes_reduce<32>(x, f);
+  if (ROW == 32) {
+    x = lanes_reduce<32>(x, f);
+    __syncwarp();       // shuffles do not order memory, and weights go over scores that other lanes read
+    return x;
+  }
   W one[1] = {x};
   block_reduce(one, room, neutral, f);
   return one[0];

@@ -324,8 +324,8 @@ def _launch(dev: Any, which: Any, name: str, made: Sequence[Any], read: Sequence
     channels, vec = first.shape[1], 1
     if last:
         whole = 16 // first.itemsize
-        fits = channels % whole == 0 and all(
-            _innermost(x) and x.data.ptr % 16 == 0 for x in (*made, *read))
+        fits = channels % whole == 0 and all(       # taps may be wider than values
+            _innermost(x) and x.data.ptr % (whole * x.itemsize) == 0 for x in (*made, *read))
         vec = whole if fits else 1
     warp = window >= WARPED and not last
     fields = fields_of(first.shape, first.size, read, geometry)
