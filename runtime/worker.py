@@ -6,6 +6,7 @@ The same plain class runs in the driver's thread, in a thread of its own, and in
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import nullcontext
 from resource import RUSAGE_SELF, getrusage
 from time import perf_counter_ns
 from typing import Any
@@ -345,14 +346,18 @@ class Worker:
 
     def _drop(self, digest: bytes) -> None:
         body = self.programs.pop(digest, None)
-        if body is not None and body.replay is not None:
-            body.replay.drop()
+        if body is None:
+            return
+        if body.replay is not None and self.graphs is not None:
+            self.graphs.remove(body.replay)
+        if body.program.inputs is not None:
+            body.program.inputs.close()
 
     def close(self) -> None:
         self.overlap.close()
-        for digest in list(self.programs):
-            self._drop(digest)
-        self.blocks.clear()
-        self.programs.clear()
+        with nullcontext() if self.device is None else self.device.active():
+            for digest in list(self.programs):
+                self._drop(digest)
+            self.blocks.clear()
         for comm in self.site.communicators:
             comm.close()

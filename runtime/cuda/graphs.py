@@ -343,12 +343,19 @@ class GraphCounts:
 
     def __init__(self) -> None:
         self._all: list[Replay] = []
+        self._replays = 0                   # of programs that are gone
         self.owners: dict[int, Replay] = {}
 
     def add(self, device: Any, program: Any, communicators: Sequence[Any]) -> Replay:
         made = Replay(device, program, communicators, self.owners)
         self._all.append(made)
         return made
+
+    def remove(self, made: Replay) -> None:
+        """Its program will not be run again."""
+        made.drop()
+        self._all.remove(made)
+        self._replays += made.replays
 
     def drop(self) -> None:
         """Give all graphs up, for their memory."""
@@ -358,5 +365,5 @@ class GraphCounts:
     def report(self) -> tuple[Any, ...]:
         """(programs captured, replays done, reasons why programs are not captured)."""
         reasons = dict.fromkeys(made.reason for made in self._all if made.reason)
-        return (sum(made.captured is not None for made in self._all), sum(made.replays for made in self._all),
-                tuple(reasons))
+        return (sum(made.captured is not None for made in self._all),
+                self._replays + sum(made.replays for made in self._all), tuple(reasons))

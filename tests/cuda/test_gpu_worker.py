@@ -254,3 +254,16 @@ def test_a_failure_spoils_what_depends_on_it_and_nothing_else(use: Any) -> None:
         with pytest.raises(mt.WorkerError, match="no memory"):
             bad.numpy()
         del lost, good, bad
+
+
+def test_programs_that_are_dropped_are_forgotten_with_their_graphs(use: Any) -> None:
+    worker = use()
+    x = mt.tensor(np.arange(6, dtype=np.float32))
+    for _ in range(5):
+        assert (x * 2).sum().item() == 30
+    captured, replays, _ = worker.graphs.report()
+    assert captured == 1 and replays > 0
+    with worker.device.active():
+        for digest in list(worker.programs):
+            worker._drop(digest)
+    assert worker.graphs.report() == (0, replays, ()) and not worker.graphs._all
