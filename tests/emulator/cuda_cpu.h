@@ -5,7 +5,7 @@
 //
 // Reported as an error of the launch: a barrier or warp operation that not all threads reach, a shuffle from a
 // lane that takes no part, an access that is misaligned (the compiler's sanitizer traps) or hits unmapped
-// memory, dynamic shared memory written past its end, an overflowing stack.
+// memory, dynamic shared memory written past its end, an overflowing stack; on request races (races.cpp).
 #pragma once
 #include <math.h>
 #include <setjmp.h>
@@ -61,6 +61,29 @@ struct dim3 {
 static uint3 threadIdx, blockIdx;
 static dim3 blockDim, gridDim;
 static const int warpSize = 32;
+
+// --- races -------------------------------------------------------------------------------------------------
+
+// With EMU_RACES the text is compiled with calls before every load and store; see races.cpp.
+#if EMU_RACES
+extern "C" {
+void emu_races_launch(const char* library, const char* library_end, const char* fibers,
+                      const char* fibers_end, const unsigned* dims, void (*on_race)(const char*));
+void emu_races_block(unsigned number);
+void emu_races_thread(int number);
+void emu_races_barrier();
+void emu_races_warp(int first, unsigned mask);
+void emu_races_shared(const void* at, size_t size, const char* name);
+void emu_races_atomic(const void* at, size_t size, const void* code);
+extern const char __ehdr_start[] __attribute__((visibility("hidden")));
+extern const char _end[] __attribute__((visibility("hidden")));
+}
+#define EMU_CHECK(call) emu_races_##call
+#define EMU_UNCHECKED __attribute__((noinline, no_sanitize("thread")))
+#else
+#define EMU_CHECK(call) ((void)0)
+#define EMU_UNCHECKED
+#endif
 
 // --- fibers ------------------------------------------------------------------------------------------------
 
@@ -190,7 +213,9 @@ static void begin() {
 static void run(int thread) {
   current = thread;
   threadIdx = {thread % blockDim.x, thread / blockDim.x % blockDim.y, thread / blockDim.x / blockDim.y};
+  EMU_CHECK(thread(thread));
   resume(thread);
+  EMU_CHECK(thread(-1));
   if (*reinterpret_cast<unsigned long long*>(stacks + thread * STACK) != CANARY)
     fail_here("its stack of %zu bytes has overflowed", STACK);
 }
@@ -236,13 +261,18 @@ static bool release(int first, int lanes) {
       }
     }
     if (missing) continue;
+    const Kind kind = f.kind;
+    const unsigned mask = f.mask;
+    unsigned together = 0;
     for (int other = 0; other < 32; ++other) {
-      if (!(f.mask >> other & 1)) continue;
+      if (!(mask >> other & 1)) continue;
       exchanged[first + other] = other < lanes && fibers[first + other].state == AT_WARP;
       if (!exchanged[first + other]) continue;
       seen[first + other] = fibers[first + other].given;
       fibers[first + other].state = READY;
+      together |= 1u << other;
     }
+    if (kind == SYNC) EMU_CHECK(warp(first, together));
     any = true;
   }
   return any;
@@ -258,6 +288,7 @@ static void run_warp(int first, int lanes) {
 
 static void run_block(size_t shared) {
   memset(shared_memory, GARBAGE, SHARED);
+  EMU_CHECK(block((blockIdx.z * gridDim.y + blockIdx.y) * gridDim.x + blockIdx.x));
   for (int t = 0; t < threads; ++t) {
     fibers[t].state = READY;
     *reinterpret_cast<unsigned long long*>(stacks + t * STACK) = CANARY;
@@ -279,6 +310,7 @@ static void run_block(size_t shared) {
       if (f.state != o.state || (f.state == AT_BARRIER && f.line != o.line)) disagree(0, t);
     }
     for (int t = 0; t < threads; ++t) seen[t] = fibers[t].given;
+    if (more) EMU_CHECK(barrier());
     if (more) for (int t = 0; t < threads; ++t) fibers[t].state = READY;
   }
   for (size_t i = shared; i < SHARED; ++i)
@@ -301,6 +333,11 @@ static void on_signal(int number, siginfo_t* info, void*) {
   fail();
 }
 
+[[maybe_unused]] static void on_race(const char* text) {
+  snprintf(message, sizeof message, "%s", text);
+  fail();
+}
+
 static const int CAUGHT[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE};
 
 // Run a grid; the error's text, or null.
@@ -312,6 +349,8 @@ static const char* launch(void (*f)(void**), const unsigned* dims, size_t shared
   stacks = static_cast<char*>(mmap(nullptr, threads * STACK, PROT_READ | PROT_WRITE,
                                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
   if (stacks == MAP_FAILED) return "no memory for stacks";
+  EMU_CHECK(launch(__ehdr_start, _end, stacks, stacks + threads * STACK, dims, on_race));
+  EMU_CHECK(shared(shared_memory, shared, "of the launch"));
   static char alternate[64 << 10];
   stack_t mine = {}, before = {};
   mine.ss_sp = alternate, mine.ss_size = sizeof alternate;
@@ -331,6 +370,7 @@ static const char* launch(void (*f)(void**), const unsigned* dims, size_t shared
     }
     error = nullptr;
   }
+  EMU_CHECK(thread(-1));
   for (int i = 0; i < 4; ++i) sigaction(CAUGHT[i], &kept[i], nullptr);
   sigaltstack(&before, nullptr);
   munmap(stacks, threads * STACK);
@@ -490,7 +530,12 @@ static int count(int line, int predicate) {
 // --- atomics, loads and stores -----------------------------------------------------------------------------
 
 #define EMU_ATOMIC(name, T, expression)                                                                      \
-  static inline T name(T* at, T value) { const T old = *at; *at = (expression); return old; }
+  EMU_UNCHECKED static inline T name(T* at, T value) {                                                       \
+    EMU_CHECK(atomic(at, sizeof(T), __builtin_return_address(0)));                                           \
+    const T old = *at;                                                                                       \
+    *at = (expression);                                                                                      \
+    return old;                                                                                              \
+  }
 #define EMU_ATOMIC_INT(name, expression)                                                                     \
   EMU_ATOMIC(name, int, expression) EMU_ATOMIC(name, unsigned, expression)                                   \
   EMU_ATOMIC(name, unsigned long long, expression)
@@ -511,8 +556,12 @@ EMU_ATOMIC_INT(atomicXor, old ^ value)
 EMU_ATOMIC(atomicInc, unsigned, old >= value ? 0 : old + 1)
 EMU_ATOMIC(atomicDec, unsigned, old == 0 || old > value ? value : old - 1)
 #define EMU_CAS(T)                                                                                           \
-  static inline T atomicCAS(T* at, T compare, T value) { const T old = *at; if (old == compare) *at = value; \
-                                                         return old; }
+  EMU_UNCHECKED static inline T atomicCAS(T* at, T compare, T value) {                                       \
+    EMU_CHECK(atomic(at, sizeof(T), __builtin_return_address(0)));                                           \
+    const T old = *at;                                                                                       \
+    if (old == compare) *at = value;                                                                         \
+    return old;                                                                                              \
+  }
 EMU_CAS(int) EMU_CAS(unsigned) EMU_CAS(unsigned long long) EMU_CAS(unsigned short)
 
 template <class T> static inline T __ldg(const T* p) { return *p; }

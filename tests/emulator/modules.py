@@ -3,6 +3,8 @@
 The text is what NVRTC gets, behind cuda_cpu.h (which says what is checked), and compiled once for each text
 and set of options, in a folder that all test runs share ($MESHTAPE_EMULATOR_CACHE). Arguments are taken as
 CuPy takes them, and beyond that compared with the kernel's parameters: CUDA reads whatever bytes it finds.
+
+With $MESHTAPE_EMULATOR_RACES every load and store is checked for races within its launch; see races.cpp.
 """
 
 from __future__ import annotations
@@ -26,9 +28,12 @@ from emulator.order import READ, UNKNOWN, WRITE, span
 from emulator.streams import work
 
 HEADER = Path(__file__).with_name("cuda_cpu.h")
+RACES = Path(__file__).with_name("races.cpp")
 # Misaligned accesses and indices beyond local arrays trap; the rest is what nvcc assumes as well.
 FLAGS = ("-O1", "-g0", "-w", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-fwrapv",
          "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error", "-ftemplate-depth=2000")
+# A call before every load and store of the text, and its lines, to name those that race.
+CHECKED = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-DEMU_RACES", "-g1", "-c")
 STATIC_SHARED = 48 << 10        # dynamic shared memory of a launch, unless a kernel is allowed more
 OPTED_SHARED = 227 << 10        # the most that it can be allowed (compute capability 9.0)
 
@@ -36,6 +41,7 @@ _KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+'
                      r'(?:__launch_bounds__\s*\(([^()]*(?:\([^()]*\))?[^()]*)\)\s*)?(\w+)\s*\(')
 _DYNAMIC = re.compile(r"extern\s+__shared__\s+(?:(?:__align__|alignas)\s*\(\s*\d+\s*\)\s*)?"
                       r"([\w:\s]+?)\s*\b(\w+)\s*\[\s*\]\s*;")
+_SHARED = re.compile(r"(?<!extern )(__shared__\s[^;]*?\b(\w+)\s*(?:\[[^;]*\])?\s*;)")
 _IGNORED = re.compile(r"-D.*|-{1,2}(use_fast_math|fmad=\w+|ftz=\w+|prec-\w+=\w+|lineinfo|maxrregcount=\d+|"
                       r"extra-device-vectorization|restrict|generate-line-info)")
 _LAUNCHING = threading.Lock()   # fibers, handlers of signals and static texts are one per process
@@ -69,13 +75,13 @@ class RawModule:
 
     def get_function(self, name: str) -> Function:
         if self._library is None:
-            self._library = ctypes.CDLL(str(compiled(self.code, self.options)))
+            self._library = ctypes.CDLL(str(compiled(self.code, self.options, checked())))
         if not hasattr(self._library, f"emu_launch_{name}"):
             raise KernelError(f'CUDA_ERROR_NOT_FOUND: there is no extern "C" __global__ void {name}(')
         return Function(self, self._library, name)
 
     def compile(self, log_stream: Any = None) -> None:
-        compiled(self.code, self.options)
+        compiled(self.code, self.options, checked())
 
 
 # --- compilation ------------------------------------------------------------------------------------
@@ -85,6 +91,9 @@ def translated(code: str, options: tuple[str, ...]) -> str:
 
     Macros are defined behind the header, which may use their names.
     """
+    def declared(found: re.Match[str]) -> str:
+        return f'{found[1]} EMU_CHECK(shared(&{found[2]}, sizeof {found[2]}, "{found[2]}"));'
+
     def dynamic(found: re.Match[str]) -> str:
         kind, name = found.groups()
         return f"static {kind}* const {name} = reinterpret_cast<{kind}*>(emu::shared_memory);"
@@ -102,7 +111,7 @@ extern "C" const char* emu_launch_{name}(const unsigned* dims, size_t shared, vo
 }}''' for name, bound in names.items()]
     macros = [f"#define {name} {value or 1}" for name, _, value in
               (option[2:].partition("=") for option in options if option.startswith("-D"))]
-    return "\n".join((*macros, "#line 1", _DYNAMIC.sub(dynamic, code), *launchers, ""))
+    return "\n".join((*macros, "#line 1", _DYNAMIC.sub(dynamic, _SHARED.sub(declared, code)), *launchers, ""))
 
 
 def cpu_options(options: tuple[str, ...]) -> list[str]:
@@ -116,26 +125,42 @@ def cpu_options(options: tuple[str, ...]) -> list[str]:
     return kept
 
 
-def compiled(code: str, options: tuple[str, ...]) -> Path:
+def checked() -> bool:
+    """Whether kernels are checked for races: whether $MESHTAPE_EMULATOR_RACES is 1."""
+    return os.environ.get("MESHTAPE_EMULATOR_RACES") == "1"
+
+
+def compiled(code: str, options: tuple[str, ...], races: bool = False) -> Path:
     """The shared library of a source, from the cache or made now. Safe with other processes at the same."""
     text, flags = translated(code, options), (*FLAGS, *cpu_options(options))
-    key = hashlib.sha256("\0".join((text, HEADER.read_text(), *flags)).encode()).hexdigest()[:32]
+    if not races:
+        return built(text, flags, HEADER)
+    # Linked apart: with -fsanitize=thread g++ would add its own library, which knows threads of the host.
+    return built("", FLAGS, objects=(built(text, (*flags, *CHECKED), HEADER),
+                                     built(RACES.read_text(), (*FLAGS, "-O2", "-c"))))
+
+
+def built(text: str, flags: tuple[str, ...], header: Path | None = None,
+          objects: tuple[Path, ...] = ()) -> Path:
+    """What g++ makes of a text behind a header, or of objects."""
+    parts = (text, header.read_text() if header else "", *flags, *map(str, objects))
     folder = Path(os.environ.get("MESHTAPE_EMULATOR_CACHE")
                   or f"{tempfile.gettempdir()}/meshtape-emulator-{os.getuid()}")
-    library = folder / f"{key}.so"
-    if library.exists():
-        return library
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    result = folder / f"{key}{'.o' if '-c' in flags else '.so'}"
+    if result.exists():
+        return result
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    header = precompiled(folder, flags)
+    include = ("-include", str(precompiled(folder, flags))) if header else ()
     with tempfile.TemporaryDirectory(dir=folder) as room:
-        source, made = Path(room, "kernel.cpp"), Path(room, "kernel.so")
+        source, made = Path(room, "kernel.cpp"), Path(room, "made")
         source.write_text(text)
-        run = subprocess.run(["g++", *flags, "-include", str(header), str(source), "-o", str(made)],
+        run = subprocess.run(["g++", *flags, *include, *map(str, objects or [source]), "-o", str(made)],
                              capture_output=True, text=True)
         if run.returncode:
-            raise CompileError(f"{' '.join(options)}\n{run.stderr}")
-        made.replace(library)
-    return library
+            raise CompileError(f"{' '.join(flags)}\n{run.stderr}")
+        made.replace(result)
+    return result
 
 
 def precompiled(folder: Path, flags: tuple[str, ...]) -> Path:
@@ -147,7 +172,7 @@ def precompiled(folder: Path, flags: tuple[str, ...]) -> Path:
             made = Path(room, "made")
             made.mkdir()
             shutil.copy(HEADER, made / HEADER.name)
-            subprocess.run(["g++", *(f for f in flags if f != "-shared"), "-x", "c++-header",
+            subprocess.run(["g++", *(f for f in flags if f not in ("-shared", "-c")), "-x", "c++-header",
                             str(made / HEADER.name), "-o", f"{made / HEADER.name}.gch"], check=True)
             with suppress(OSError):         # another process was quicker
                 made.rename(place)
@@ -161,6 +186,7 @@ class Function:
 
     def __init__(self, module: RawModule, library: ctypes.CDLL, name: str) -> None:
         self.module, self.__name__ = module, name
+        self._path = library._name
         self._launch = getattr(library, f"emu_launch_{name}")
         self._launch.restype = ctypes.c_char_p
         parameters = getattr(library, f"emu_parameters_{name}")
@@ -228,7 +254,15 @@ class Function:
         with _LAUNCHING:
             error = self._launch((ctypes.c_uint * 6)(*dims), ctypes.c_size_t(shared_mem), pointers)
         if error:
-            raise KernelError(f"{self.__name__}: {self._with_lines(error.decode())}")
+            raise KernelError(f"{self.__name__}: {self._with_lines(self._located(error.decode()))}")
+
+    def _located(self, text: str) -> str:
+        """With lines of the source in place of {offset in the library}, and of the calls that led there."""
+        def lines(found: re.Match[str]) -> str:
+            run = subprocess.run(["addr2line", "-i", "-e", self._path, found[1]], capture_output=True,
+                                 text=True, check=True)
+            return " in ".join(f"line {n}" for n in re.findall(r"kernel\.cpp:(\d+)", run.stdout))
+        return re.sub(r"\{([0-9a-f]+)\}", lines, text)
 
     def _with_lines(self, text: str) -> str:
         lines = self.module.code.splitlines()
