@@ -1,4 +1,4 @@
-"""One GPU: meshtape beside torch and plain CuPy on the same machine, in one run of under 8 minutes.
+"""One GPU: meshtape beside torch and plain CuPy on the same machine, in one run of about 8 minutes.
 
     python benchmarks/gpu.py [--cases mlp,gpt2,...] [--json build/benchmarks/gpu.json] [--page gpu.md]
 
@@ -13,23 +13,22 @@ digits    training step of an MLP on batches of 16384 digits, on a GPU worker an
 
 A contender is a process. Those of a case take turns, but for gpt2, where each has the GPU to itself. Times
 are medians, between synchronisations. torch's optimizer is AdamW(fused=True). Of a case with a contender that
-fails the rest is not measured; what went wrong stands on standard error.
+fails the rest is not measured; what went wrong stands on standard error. No case begins after --minutes.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
-from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import _runner
 import numpy as np
 from _gpu_models import GPTSize, gpt, resnet18
+from _gpu_page import page, tables
 
 CASES = ("mlp", "gpt2", "resnet18", "chain", "gemm", "overhead", "digits")
 CONTENDERS = {
@@ -209,7 +208,20 @@ def overhead(lib: Library, name: str, sizes: Sizes, size: int) -> _runner.Run:
             lib.wait()
 
         return run
-    return plain_calls(a, w)
+    return plain_calls(a, w) if lib is None else numpy_calls(a, w)
+
+
+def numpy_calls(a: Any, w: Any) -> _runner.Run:
+    """plain_calls() with NumPy."""
+    y, z = np.empty_like(a), np.empty_like(a)
+
+    def run(n: int) -> None:
+        for _ in range(n):
+            given = a
+            for _ in range(LAYERS):
+                given = np.maximum(np.matmul(given, w, out=y), 0, out=z)
+
+    return run
 
 
 def plain_calls(a: Any, w: Any) -> _runner.Run:
@@ -245,8 +257,8 @@ def build(role: _runner.Role) -> tuple[_runner.Run, Any]:
     """`answer(n, size)`: seconds per step of n steps at that size, or None where memory does not do."""
     case, tiny, device = role.case.split(":")
     sizes = TINY if tiny == "tiny" else Sizes()
-    plain = role.name == "plain"
-    lib = torch_library(device) if role.name == "copy" else None if plain else library(role.name, device)
+    lib = (torch_library(device) if role.name == "copy" else
+           None if role.name == "plain" and device == "gpu" else library(role.name, device))
     made: dict[int, _runner.Run] = {}
 
     def answer(n: int, size: int) -> float | None:
@@ -279,6 +291,11 @@ def describe(name: str) -> dict[str, Any]:
         else:
             import cupy
             found = {"cupy": cupy.__version__}
+            if cupy.cuda.is_available():
+                driver, runtime = cupy.cuda.runtime.driverGetVersion(), cupy.cuda.runtime.runtimeGetVersion()
+                found |= {"gpu": cupy.cuda.runtime.getDeviceProperties(0)["name"].decode(),
+                          "driver's CUDA": f"{driver // 1000}.{driver % 1000 // 10}",
+                          "CuPy's CUDA": f"{runtime // 1000}.{runtime % 1000 // 10}"}
     return found
 
 
@@ -287,8 +304,11 @@ def describe(name: str) -> dict[str, Any]:
 STEPS = {"mlp": 200, "gpt2": 5, "resnet18": 10, "chain": 50, "gemm": 20, "overhead": 20, "digits": 20}
 
 
-def measure(case: str, options: argparse.Namespace) -> dict[str, list[float]]:
-    """Seconds per step of every contender, by rounds; nobody is in it who failed."""
+Measured = tuple[dict[str, list[float]], dict[str, Any]]
+
+
+def measure(case: str, options: argparse.Namespace) -> Measured:
+    """Seconds per step of every contender, by rounds, and what they say about themselves."""
     size = BUILD[case][1](TINY if options.tiny else Sizes())
     steps = 2 if options.tiny else STEPS[case]
     wanted = [c for c in CONTENDERS[case] if c in options.contenders.split(",")]
@@ -297,16 +317,19 @@ def measure(case: str, options: argparse.Namespace) -> dict[str, list[float]]:
     with _runner.contenders(__file__, f"{case}:{options.sizes}:{options.device}",
                             {name: (1, {}) for name in wanted}) as running:
         turns = {name: (lambda c=c: c.seconds(steps, size)) for name, c in running.items()}
-        return _runner.take_turns(turns, options.rounds)
+        about = {name: c.about[0] for name, c in running.items()}
+        return _runner.take_turns(turns, options.rounds), about
 
 
-def alone(case: str, wanted: list[str], options: argparse.Namespace, steps: int) -> dict[str, list[float]]:
+def alone(case: str, wanted: list[str], options: argparse.Namespace, steps: int) -> Measured:
     """Each contender by itself, at the largest batch that all of them fit."""
     found: dict[str, list[float]] = {}
+    about: dict[str, Any] = {}
     batches = (TINY if options.tiny else Sizes()).gpt_batches
     largest = 0                             # position in `batches` of what fitted everybody so far
     for name in sorted(wanted, key=lambda name: name == "compile"):
         with _runner.contenders(__file__, f"{case}:{options.sizes}:{options.device}", {name: (1, {})}) as one:
+            about[name] = one[name].about[0]
             while one[name].ask(1, batches[largest])[0] is None:
                 largest += 1
             found[f"{name} B{batches[largest]}"] = [
@@ -316,78 +339,37 @@ def alone(case: str, wanted: list[str], options: argparse.Namespace, steps: int)
     for name in again:                      # those that fitted a larger one
         with _runner.contenders(__file__, f"{case}:{options.sizes}:{options.device}", {name: (1, {})}) as one:
             found[f"{name} B{batch}"] = [one[name].ask(steps, batch)[0] for _ in range(3)]
-    return {name: found[f"{name} B{batch}"] for name in wanted} | {"batch": [float(batch)]}
-
-
-class Target(NamedTuple):
-    """A row of the table: a measured value from the medians of a case, and what it should be at least (or,
-    with `most`, at most).
-    """
-
-    text: str
-    case: str
-    value: Callable[[Mapping[str, float]], float]
-    wanted: float
-    most: bool = False
-
-
-TARGETS = (
-    Target("launch-bound MLP step, torch eager : meshtape", "mlp", lambda m: m["torch"] / m["mesh"], 3.0),
-    Target("the same, torch.compile with CUDA graphs : meshtape", "mlp",
-           lambda m: m["compile"] / m["mesh"], 1.0),
-    Target("GPT-2 small step, torch eager : meshtape", "gpt2", lambda m: m["torch"] / m["mesh"], 1.2),
-    Target("the same, torch.compile : meshtape", "gpt2", lambda m: m["compile"] / m["mesh"], 0.9),
-    Target("ResNet-18 step, torch eager : meshtape", "resnet18", lambda m: m["torch"] / m["mesh"], 1.0),
-    Target("pointwise chain of 6, part of copy bandwidth", "chain", lambda m: m["copy"] / m["mesh"], 0.85),
-    Target("bf16 GEMM, torch : meshtape", "gemm", lambda m: m["torch"] / m["mesh"], 0.98),
-    Target("a worker's overhead over its kernels", "overhead",
-           lambda m: m["mesh"] / m["plain"] - 1, 0.03, most=True),
-    Target("digits MLP, CPU worker : GPU worker", "digits", lambda m: m["cpu"] / m["mesh"], 15.0),
-)
-
-
-def lines(figures: Mapping[str, Any]) -> list[str]:
-    """The table, in Markdown."""
-    out = ["| measure | found | wanted |", "|---|---|---|"]
-    for target in TARGETS:
-        found = figures.get(target.case, {})
-        sign = "at most" if target.most else "at least"
-        shown = found.get("error") or "not measured"
-        with suppress(KeyError):
-            shown = f"{target.value({k: statistics.median(v) for k, v in found['seconds'].items()}):.3f}"
-        out.append(f"| {target.text} | {shown} | {sign} {target.wanted:g} |")
-    out += ["", "| case | median milliseconds per step |", "|---|---|"]
-    for case, found in figures.items():
-        times = {k: statistics.median(v) for k, v in found.get("seconds", {}).items()}
-        batch = times.pop("batch", 0)
-        shown = ", ".join(f"{k} {1e3 * v:.3f}" for k, v in times.items())
-        out.append(f"| {case}{f' (batch {batch:.0f})' if batch else ''} | {shown or found.get('error')} |")
-    return out
+    return {name: found[f"{name} B{batch}"] for name in wanted} | {"batch": [float(batch)]}, about
 
 
 def main() -> None:
     parser = _runner.parser(__doc__, CASES, ["mesh", "torch", "compile", "copy", "plain", "cpu"], rounds=9)
     parser.add_argument("--device", default="gpu", choices=("gpu", "cpu"))
     parser.add_argument("--tiny", action="store_true", help="small sizes, to try the program")
-    parser.add_argument("--page", type=Path, help="also write the tables here")
+    parser.add_argument("--minutes", type=float, default=8.0, help="after which no case is begun")
+    parser.add_argument("--page", type=Path, help="also write the page here")
     options = parser.parse_args()
     if options.serve:
         _runner.serve(build, options)
         return
     options.sizes = "tiny" if options.tiny else "full"
     figures: dict[str, Any] = {}
-    for case in options.cases.split(","):
+    started = time.perf_counter()
+    for case in [case for case in options.cases.split(",") if case]:
         began = time.perf_counter()
+        if began - started > 60 * options.minutes:
+            figures[case] = {"error": f"not begun within {options.minutes:g} minutes"}
+            continue
         try:
-            figures[case] = {"seconds": measure(case, options)}
+            seconds, about = measure(case, options)
+            figures[case] = {"seconds": seconds, "about": about}
         except SystemExit as error:         # a contender ended; its traceback went to standard error
             figures[case] = {"error": str(error)}
         print(f"{case}: {time.perf_counter() - began:.0f} s", flush=True)
         _runner.write_json(options.json, figures)
-    text = lines(figures)
-    print("\n".join(text))
+    print("\n".join(tables(figures)))
     if options.page is not None:
-        options.page.write_text("\n".join([f"Measured on {date.today()}.", "", *text]) + "\n")
+        options.page.write_text(page(figures))
 
 
 if __name__ == "__main__":

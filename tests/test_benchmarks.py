@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,29 @@ def test_every_program_runs_and_the_page_is_made_of_their_figures(tmp_path):
     assert "| charlm |" in page
     assert all((tmp_path / "page" / plot).stat().st_size for plot in (
         "train_step.png", "scaling.png", "arrays.png", "all_reduce.png", "controller.png"))
+
+
+def test_the_gpus_program_runs_on_a_cpu_and_makes_its_page(tmp_path):
+    pytest.importorskip("torch")
+    run = subprocess.run([sys.executable, BENCHMARKS / "gpu.py", "--device", "cpu", "--tiny", "--rounds", "1",
+                          "--cases", "mlp,chain", "--contenders", "mesh,torch,copy",
+                          "--json", tmp_path / "gpu.json", "--page", tmp_path / "gpu.md"],
+                         capture_output=True, text=True, timeout=100)
+    assert run.returncode == 0, run.stderr
+    figures = json.loads((tmp_path / "gpu.json").read_text())["figures"]
+    assert {case: set(found["seconds"]) for case, found in figures.items()} == {
+        "mlp": {"mesh", "torch"}, "chain": {"mesh", "torch", "copy"}}
+    page = (tmp_path / "gpu.md").read_text()
+    assert "on a CPU: " in page and "| chain | mesh " in page and "| not measured yet |" in page
+
+
+def test_the_gpus_page_is_what_its_program_writes(tmp_path, monkeypatch):
+    """Also while there are no figures."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from _gpu_page import INTRODUCTION, page
+
+    kept = (BENCHMARKS.parent / "docs" / "benchmarks" / "gpu.md").read_text()
+    assert kept.startswith(INTRODUCTION) and (kept == page({}) or "Measured on 2" in kept)
 
 
 def test_both_libraries_compute_the_same_losses(monkeypatch):
