@@ -2,6 +2,10 @@
 # make lint     ruff and mypy                                      make bench    run the benchmarks
 # make clean    remove .venv and everything that was built
 #
+# make test-emulated  the front door's tests with workers on the emulated GPU
+# make test-gpu       tests on the GPU of this machine             make sanitize   memory errors of kernels there
+# make bench-gpu      measures there and writes docs/benchmarks/gpu.md
+#
 # The first of them sets up .venv. Another interpreter: make train PYTHON=python3.12. Tests run in two processes;
 # make test JOBS=4 runs them in four.
 
@@ -13,7 +17,18 @@ ROOMS := autograd scheduler cluster runtime
 export OMP_NUM_THREADS ?= 1
 export OPENBLAS_NUM_THREADS ?= 1
 
-.PHONY: train test lint bench setup clean
+# What targets for GPUs run with: .venv, with CuPy for CUDA 13 (or CUDA=12), or a Python that has everything,
+# as in make test-gpu WITH=python3.
+CUDA ?= 13
+WITH ?=
+GPU_PYTHON := $(or $(WITH),$(BIN)/python)
+GPU_SETUP := $(if $(WITH),,.venv/gpu)
+# What sanitize runs: memcheck, racecheck, initcheck or synccheck, on these tests.
+TOOL ?= memcheck
+SANITIZED ?= $(addprefix tests/cuda/test_,row_kernels.py optim_kernels.py random_kernels.py embedding_kernels.py \
+  pool_kernels.py attention_kernels.py recurrent_kernels.py dnn_batch_norm.py fusion.py)
+
+.PHONY: train test lint bench setup clean test-emulated test-gpu sanitize bench-gpu
 .DEFAULT_GOAL := setup
 
 train: setup
@@ -21,6 +36,21 @@ train: setup
 
 test: .venv/emulation
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal tests
+
+# Tests of the front door as they are, with workers of their process on a device: see tests/emulated_workers.py.
+test-emulated: .venv/emulation
+	PYTHONPATH=tests $(BIN)/python -m pytest -p emulated_workers -n $(JOBS) --dist worksteal -m "not ray" \
+	  tests/front tests/acceptance
+
+test-gpu: $(GPU_SETUP)
+	$(GPU_PYTHON) -m pytest -n $(JOBS) --dist worksteal -m gpu tests
+	PYTHONPATH=tests $(GPU_PYTHON) -m pytest -p emulated_workers --workers-on gpu -n $(JOBS) --dist worksteal \
+	  -m "not ray and not gpu" tests/front tests/acceptance
+
+# Graphs are left out: they need the memory pools that hide where arrays end.
+sanitize: $(GPU_SETUP)
+	MESHTAPE_EXACT_MEMORY=1 compute-sanitizer --tool $(TOOL) --error-exitcode 1 \
+	  $(GPU_PYTHON) -m pytest -m gpu -k "not captur and not graph and not replay" $(SANITIZED)
 
 # mypy does not see through an editable install, so it gets the packages as a tree of links.
 lint: .venv/lint
@@ -38,6 +68,9 @@ bench: .venv/bench
 	$(BIN)/python benchmarks/train_step.py --contenders torch,fused,compile,ddp,jax1,jax2,mesh1,mesh2 \
 	  --weak --probe --json build/benchmarks/train_step.json
 	$(BIN)/python benchmarks/report.py
+
+bench-gpu: $(GPU_SETUP) $(if $(WITH),,.venv/torch)
+	$(GPU_PYTHON) benchmarks/gpu.py --json build/benchmarks/gpu.json --page docs/benchmarks/gpu.md
 
 setup: .venv/installed
 
@@ -57,6 +90,14 @@ $(BIN)/python:
 .venv/emulation: .venv/installed
 	$(BIN)/python -m pip install --quiet -e ".[emulation]" \
 	  || echo "No CuPy or NVRTC for this machine: tests of device code on the emulated GPU are left out."
+	touch $@
+
+.venv/gpu: .venv/installed
+	$(BIN)/python -m pip install --quiet -e ".[cuda$(CUDA),cudnn$(CUDA),nvmath$(CUDA)]"
+	touch $@
+
+.venv/torch: .venv/installed
+	$(BIN)/python -m pip install --quiet "torch>=2.4"
 	touch $@
 
 .venv/lint: .venv/installed

@@ -8,7 +8,9 @@ What takes neither is about the emulation, or needs no device.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,6 +19,13 @@ from meshtape.runtime.gpu import gpu_here, open_device
 
 pytest.importorskip("cupy", reason="the emulation asks the installed CuPy for its signatures")
 BOTH = ("emulated", pytest.param("cuda", marks=pytest.mark.gpu))
+
+
+def one_by_one(device: Any) -> Any:
+    """Inside, if MESHTAPE_EXACT_MEMORY is set, arrays are no parts of a pool's blocks: compute-sanitizer then
+    sees where each of them ends.
+    """
+    return device.cp.cuda.using_allocator(None) if os.environ.get("MESHTAPE_EXACT_MEMORY") else nullcontext()
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +44,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[Any]:
     """A runtime.cuda.device.Device, active in this thread. Writes outside of allocations fail the test."""
     if request.param == "cuda":
         real = request.getfixturevalue("gpu")
-        with real.active():
+        with real.active(), one_by_one(real):
             yield real
         if real.stream.is_capturing():          # the test failed in the middle of a capture
             real.stream.end_capture()
