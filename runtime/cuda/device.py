@@ -13,6 +13,7 @@ from meshtape.runtime.cuda.libraries import Libraries
 from meshtape.runtime.cuda.source import Kernels
 
 MIB = 1 << 20
+MEMORY_ALLOCATION = 2       # cudaErrorMemoryAllocation
 # Tensors that an out-of-memory error names.
 LARGEST = 5
 
@@ -74,6 +75,27 @@ class Device:
             pool.set_limit(size=max(1, self.limit - self.held()))
         self._pools.append(pool)
         return pool
+
+    def new_graph_pool(self) -> Any:
+        """A memory pool for what a graph will do, until retire(). Unlike others it gives no unused blocks
+        back where memory is short, but raises OutOfMemoryError at once: what is unused while a graph is
+        recorded is used when it is replayed.
+        """
+        pool = self.cp.cuda.MemoryPool(self._grown)
+        self._pools.append(pool)
+        return pool
+
+    def _grown(self, size: int) -> Any:
+        """More memory of the device for a pool, which counts it already."""
+        cuda = self.cp.cuda
+        if self.limit and self.held() > self.limit:
+            raise cuda.memory.OutOfMemoryError(size, self.held() - size, self.limit)
+        try:
+            return cuda.MemoryPointer(cuda.Memory(size), 0)
+        except cuda.runtime.CUDARuntimeError as error:
+            if error.status != MEMORY_ALLOCATION:
+                raise
+            raise cuda.memory.OutOfMemoryError(size, self.held() - size) from error
 
     def retire(self, pool: Any) -> None:
         """Give a pool up. It stays till the last array in it has gone: with a pool that goes earlier, CuPy

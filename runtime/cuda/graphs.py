@@ -248,7 +248,7 @@ class Replay:
         self._captures += 1
         self.device.synchronize()
         self.device.pool.free_all_blocks()
-        pool = self.device.new_pool()
+        pool = self.device.new_graph_pool()
         try:
             self.captured = self._captured_in(pool, code, blocks, ids, scalars, feeds, arrays)
         finally:

@@ -33,6 +33,12 @@ class OutOfMemoryError(MemoryError):
         super().__init__(text + (f", limit set to: {limit:,} bytes)." if limit else ")."))
 
 
+def out_of_memory() -> Any:
+    """What cudaMalloc says."""
+    from emulator.streams import CUDARuntimeError
+    return CUDARuntimeError("cudaErrorMemoryAllocation", "out of memory", status=2)
+
+
 class Hardware:
     """What all pools of the emulated device share: its bytes."""
 
@@ -55,7 +61,7 @@ class Hardware:
     def take(self, size: int) -> None:
         with self._lock:
             if self.used + size > self.total:
-                raise OutOfMemoryError(size, self.used)
+                raise out_of_memory()
             self._used += size
 
 
@@ -260,9 +266,10 @@ class MemoryPool:
     Like CuPy's, it takes no weak references.
     """
 
-    __slots__ = ("_free", "_limit", "_lock", "_returned", "_total", "_used")
+    __slots__ = ("_allocator", "_free", "_limit", "_lock", "_returned", "_total", "_used")
 
     def __init__(self, allocator: Any = None) -> None:
+        self._allocator = allocator or (lambda size: MemoryPointer(Memory(size), 0))
         self._free: dict[Any, dict[int, list[Memory]]] = {}
         self._returned: deque[tuple[Memory, Any]] = deque()      # finalisers take no locks
         self._total = self._used = self._limit = 0
@@ -288,13 +295,27 @@ class MemoryPool:
             self.free_all_blocks()
             if self._total + size > self._limit:
                 raise OutOfMemoryError(size, self._total, self._limit)
+        self._total += size             # CuPy counts what it is about to ask for
         try:
-            memory = Memory(size)
-        except OutOfMemoryError:
-            self.free_all_blocks()
-            memory = Memory(size)
-        self._total += size
-        return memory
+            return self._asked(size)
+        except BaseException:
+            self._total -= size
+            raise
+
+    def _asked(self, size: int) -> Memory:
+        """What the allocator has; where that has nothing, after giving unused blocks back."""
+        found: Memory
+        for last in (False, True):
+            try:
+                found = self._allocator(size).mem
+                break
+            except RuntimeError as error:
+                if getattr(error, "status", 0) != out_of_memory().status:
+                    raise
+                if last:
+                    raise OutOfMemoryError(size, self._total - size, self._limit) from error
+                self.free_all_blocks()
+        return found
 
     def _take_back(self) -> None:
         with self._lock:

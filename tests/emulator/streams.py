@@ -25,8 +25,8 @@ Work = tuple[Callable[[], Any], Touches]
 class CUDARuntimeError(RuntimeError):
     """As cupy.cuda.runtime.CUDARuntimeError."""
 
-    def __init__(self, name: str, why: str) -> None:
-        self.status = 900
+    def __init__(self, name: str, why: str, status: int = 900) -> None:
+        self.status = status
         super().__init__(f"{name}: {why}")
 
 
