@@ -14,7 +14,6 @@ from typing import Any
 import digits
 import numpy as np
 import pytest
-from beside_torch import torch
 
 import meshtape as mt
 from meshtape import nn, optim
@@ -299,6 +298,7 @@ def test_cublaslt_takes_layers_with_activations(start: Start) -> None:
 @no_gpu
 @pytest.mark.gpu
 def test_torch_and_meshtape_share_device_memory() -> None:
+    torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():
         pytest.skip("this PyTorch has no CUDA")
     mt.init(devices="gpu")
