@@ -108,7 +108,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) sums(O* out, W* partial, c
       if (gridDim.y == 1) out[which * s.channels + c] = O(finished(room[threadIdx.x], which, c, s, rstd));
       else partial[(blockIdx.y * (long long)SUMS + which) * s.channels + c] = room[threadIdx.x];
     }
-    __syncthreads();
   }
 #else
   block_reduce(sum, room, W(0), Sum());
