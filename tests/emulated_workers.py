@@ -29,6 +29,8 @@ OTHERWISE = {
     "test_an_error_of_a_worker_names_the_line_of_step": "a division by zero among numbers is no error",
     "test_a_profile_shows_driver_and_workers_on_one_clock": "spans name a chain's ops together",
     "test_a_timeline_shows_collectives_beside_kernels": "collectives through the host run by themselves",
+    "test_an_op_by_op_loop_with_neither_fetch_nor_step": "a batch holds 16384 operations",
+    "test_a_step_of_more_operations_than_a_batch_holds": "a batch holds 16384 operations",
     "test_stats_count": "peak_memory is the device's, not the process's",
     "test_visualize_names_every_slice_and_its_holders": "holders have other names",
     "front/test_dlpack.py": "it is about hosts' memory; its cases on devices open them themselves",
