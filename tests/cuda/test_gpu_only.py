@@ -224,7 +224,7 @@ def test_large_arrays_come_out_as_on_a_cpu(start: Start, program: Callable[[bool
             np.testing.assert_array_equal(got, want)
         else:
             scale = max(1.0, float(np.abs(want).max()))
-            np.testing.assert_allclose(got / scale, want / scale, rtol=1e-4, atol=2e-6)
+            np.testing.assert_allclose(got / scale, want / scale, rtol=1e-4, atol=2e-5)
 
 
 def drawn(big: bool) -> list[np.ndarray]:
