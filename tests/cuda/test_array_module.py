@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from table import assert_same, in_dtype, make_case, run_whole, samples, shapes_of
+from table import run_whole, shapes_of
 
-import meshtape.runtime.ops  # noqa: F401  fills the table
-from meshtape.runtime.dtypes import canonical
-from meshtape.runtime.errors import DTypeError
-from meshtape.runtime.op import IO, TABLE, Op
-from meshtape.runtime.shards import piece
+sys.path.insert(0, str(Path(__file__).parent))
+from device_cases import cases, local_attrs, same
+
+from meshtape.runtime.op import TABLE, Op
 
 every_op = pytest.mark.parametrize("op", TABLE.values(), ids=TABLE.keys())
-
-
-def cases(op: Op, dtype: str) -> Any:
-    """The samples, with float64 ones in `dtype`; all others only for float64."""
-    rng = np.random.default_rng(0)
-    for sample in samples(op):
-        if sample.dtype == "float64" and dtype != "float64":
-            try:
-                yield make_case(op, in_dtype(sample, canonical(dtype)), rng)
-            except DTypeError:
-                continue
-        elif dtype == "float64":
-            yield make_case(op, sample, rng)
-
-
-def local_attrs(case: Any) -> dict[str, Any]:
-    """The attributes as a worker that holds everything sees them."""
-    if case.op.local is None:
-        return dict(case.attrs)
-    whole = [piece(s, (), (), ()) for s in shapes_of(case.inputs)]
-    found: dict[str, Any] = case.op.local(case.attrs, IO(
-        tuple(p if isinstance(x, np.ndarray) else None for p, x in zip(whole, case.inputs, strict=True)),
-        tuple(piece(s, (), (), ()) for s in case.out_shapes)))
-    return found
 
 
 def on_device(device: Any, case: Any, **out: Any) -> list[Any]:
@@ -60,18 +37,6 @@ def test_kernel_computes_on_a_device_what_it_computes_on_the_host(op: Op, dtype:
         where = f"{op.name}{shapes_of(case.inputs)} {case.attrs}"
         assert [g.shape for g in got] == [w.shape for w in wanted], where
         same(got, wanted, case.out_dtypes, where)
-
-
-def same(got: Any, wanted: Any, dtypes: Any, where: str) -> None:
-    """Equal in the declared dtype; 16-bit floats to a few of their steps."""
-    for g, w, dtype in zip(got, wanted, dtypes, strict=True):
-        if dtype.itemsize == 2 and dtype.kind in "fV":
-            tolerance = 1e-2 if dtype.kind == "f" else 8e-2
-            np.testing.assert_allclose(g.astype(float), w.astype(float), tolerance, tolerance, err_msg=where)
-        else:
-            assert_same([g.astype(dtype)], [w.astype(dtype)], where)
-
-
 
 
 @every_op
