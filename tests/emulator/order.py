@@ -112,7 +112,7 @@ def host_waited(clock: Clock) -> None:
     """The host knows that all work before `clock` is done: it orders what the host begins from now on."""
     with _RECORD.lock:
         host = _RECORD.host
-        for stream, at in clock.items():
+        for stream, at in list(clock.items()):      # other threads may add to it
             host[stream] = max(at, host.get(stream, 0))
         due = [a for a in _RECORD.arriving if host.get(a[0], 0) >= a[1]]
         _RECORD.arriving = [a for a in _RECORD.arriving if host.get(a[0], 0) < a[1]]

@@ -136,7 +136,7 @@ class Stream:
                 raise _spoil(self._capture, "an event of another capture was waited for")
         elif self._capture is not None:
             raise _spoil(self._capture, "an event from outside of the capture was waited for")
-        for ptr, n in event._clock.items():
+        for ptr, n in list(event._clock.items()):
             self._clock[ptr] = max(n, self._clock.get(ptr, 0))
 
     def launch_host_func(self, callback: Callable[[Any], None], arg: Any) -> None:
