@@ -143,8 +143,8 @@ def check_slots(workers: int, bundle: dict[str, float], started: bool) -> None:
         what = " and ".join(f"{amount:g} {name}" for name, amount in bundle.items())
         more = "" if started else "add nodes to the cluster, "
         if not slots and "GPU" in bundle:
-            raise MeshError(f"workers={workers}: each needs {what}, and this Ray has room for 0, since no node "
-                            f'has a GPU to give; {more}or use devices="cpu"')
+            raise MeshError(f"workers={workers}: each needs {what}, and this Ray has room for 0, since no "
+                            f'node has a GPU to give; {more}or use devices="cpu"')
         raise MeshError(f"workers={workers}: each needs {what}, and this Ray has room for {slots} on "
                         f'{len(nodes)} nodes; use workers={max(slots, 1)}, {more}or use backend="local" for '
                         "threads of this process")

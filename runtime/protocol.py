@@ -106,10 +106,11 @@ class Reply(NamedTuple):
     """A worker finished a batch.
 
     `values` holds its slices of the fetched tensors it owns, None otherwise; `peak` is the most memory its
-    process ever held, in bytes, or on a GPU what it held there. Of a traced batch, `spans` tells what took how long and `clock` when it began
-    and ended (nanoseconds of the worker's clock). `traffic` holds, per mesh axis, how many collectives the
-    rank has taken part in so far, and the bytes that it sent to others in them. `graphs` tells of CUDA graphs:
-    programs captured, replays done, and reasons why programs are not captured; empty without a GPU.
+    process ever held, in bytes, or on a GPU what it held there. Of a traced batch, `spans` tells what took
+    how long and `clock` when it began and ended (nanoseconds of the worker's clock). `traffic` holds, per
+    mesh axis, how many collectives the rank has taken part in so far, and the bytes that it sent to others in
+    them. `graphs` tells of CUDA graphs: programs captured, replays done, and reasons why programs are not
+    captured; empty without a GPU.
     """
 
     rank: int
