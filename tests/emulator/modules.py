@@ -30,7 +30,7 @@ from emulator.streams import work
 HEADER = Path(__file__).with_name("cuda_cpu.h")
 RACES = Path(__file__).with_name("races.cpp")
 # Misaligned accesses and indices beyond local arrays trap; the rest is what nvcc assumes as well.
-FLAGS = ("-O1", "-g0", "-w", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-fwrapv",
+FLAGS = ("-O0", "-g0", "-w", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off", "-fwrapv",
          "-fsanitize=alignment,bounds", "-fsanitize-undefined-trap-on-error", "-ftemplate-depth=2000")
 # A call before every load and store of the text, and its lines, to name those that race.
 CHECKED = ("-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-DEMU_RACES", "-g1", "-c")
