@@ -19,6 +19,8 @@ def nvrtc() -> Any:
     spec = importlib.util.find_spec("nvidia")
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         for path in sorted(Path(folder).rglob("libnvrtc.so.*")):
+            for part in sorted(path.parent.glob("libnvrtc-builtins.so.*")):
+                ctypes.CDLL(str(part))      # which NVRTC looks for by name
             return ctypes.CDLL(str(path))
     return pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
 
