@@ -252,7 +252,7 @@ def executing_stream() -> Any:
 
 def pinned_at(address: int) -> PinnedMemoryPointer | None:
     """The page-locked memory that an address lies in."""
-    return next((p for p in list(_PINNED.values()) if p.ptr <= address < p.ptr + p.size()), None)
+    return next((p for p in order.living(_PINNED) if p.ptr <= address < p.ptr + p.size()), None)
 
 
 def _sync(what: str) -> None:

@@ -9,6 +9,7 @@ before, and what it copies from there must stay as it is until then.
 from __future__ import annotations
 
 import threading
+import weakref
 from bisect import bisect_right, insort
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -50,6 +51,11 @@ class _Record:
 
 
 _RECORD = _Record()
+
+
+def living(kept: weakref.WeakValueDictionary[int, Any]) -> list[Any]:
+    """The values, while other threads add some: going through values() would raise."""
+    return [found for ref in kept.valuerefs() if (found := ref()) is not None]
 
 
 def span(a: np.ndarray[Any, Any], how: str) -> tuple[int, int, str]:
@@ -112,7 +118,7 @@ def host_waited(clock: Clock) -> None:
     """The host knows that all work before `clock` is done: it orders what the host begins from now on."""
     with _RECORD.lock:
         host = _RECORD.host
-        for stream, at in list(clock.items()):      # other threads may add to it
+        for stream, at in dict(clock).items():      # other threads may add to it
             host[stream] = max(at, host.get(stream, 0))
         due = [a for a in _RECORD.arriving if host.get(a[0], 0) >= a[1]]
         _RECORD.arriving = [a for a in _RECORD.arriving if host.get(a[0], 0) < a[1]]
@@ -126,5 +132,5 @@ def arrives(stream: int, at: int, arrive: Callable[[], None]) -> None:
         _RECORD.arriving.append((stream, at, arrive))
 
 
-__all__ = ["READ", "UNKNOWN", "WRITE", "RaceError", "add_block", "arrives", "host_waited", "remove_block",
-           "span", "touch"]
+__all__ = ["READ", "UNKNOWN", "WRITE", "RaceError", "add_block", "arrives", "host_waited", "living",
+           "remove_block", "span", "touch"]

@@ -136,7 +136,7 @@ class Stream:
                 raise _spoil(self._capture, "an event of another capture was waited for")
         elif self._capture is not None:
             raise _spoil(self._capture, "an event from outside of the capture was waited for")
-        for ptr, n in list(event._clock.items()):
+        for ptr, n in event._clock.items():
             self._clock[ptr] = max(n, self._clock.get(ptr, 0))
 
     def launch_host_func(self, callback: Callable[[Any], None], arg: Any) -> None:
@@ -248,7 +248,7 @@ def synchronises(what: str, clock: Clock | None = None) -> None:
 
 def everything() -> Clock:
     """The clock of all work that was begun."""
-    return {stream.ptr: stream._clock.get(stream.ptr, 0) for stream in list(_handles.values())}
+    return {stream.ptr: stream._clock.get(stream.ptr, 0) for stream in order.living(_handles)}
 
 
 def forbidden(what: str) -> None:
@@ -287,10 +287,10 @@ def executing() -> Stream:
 
 def _meet_default(stream: Stream) -> None:
     """The default stream waits for blocking streams, and they for it."""
-    everywhere = list(_handles.values()) if stream.ptr == 0 else [Stream.null]
+    everywhere = order.living(_handles) if stream.ptr == 0 else [Stream.null]
     others = [s for s in everywhere if not s.is_non_blocking]
     for other in others:
-        for ptr, n in list(other._clock.items()):
+        for ptr, n in dict(other._clock).items():
             stream._clock[ptr] = max(n, stream._clock.get(ptr, 0))
 
 
