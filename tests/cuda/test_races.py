@@ -172,7 +172,8 @@ def test_what_is_ordered_or_apart_or_atomic_is_no_race(checked: Any, name: str) 
     launch(checked, name)
 
 
-def test_the_check_is_left_out_unless_it_is_asked_for(device: Any) -> None:
+def test_the_check_is_left_out_unless_it_is_asked_for(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MESHTAPE_EMULATOR_RACES", raising=False)
     launch(device, "blocks")
 
 
